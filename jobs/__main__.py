@@ -1,0 +1,380 @@
+"""The `counterfake` command: run, submit, data, models, serve, detect, doctor.
+
+Every command takes `--json` where a machine may read. A user's mistake is one line on standard error and exit status 2;
+anything else keeps its traceback. This file only parses and prints: what happens is in the jobs and the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import jobs
+from counterfake import config
+from counterfake.errors import ConfigError, CounterfakeError, MediaError
+from counterfake.workspace import Workspace
+from jobs.console import Console
+
+app = typer.Typer(
+    name="counterfake",
+    help="Make fakes to catch fakes: train generators and deepfake detectors on a Ray cluster, serve their verdicts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Datasets and their versions.")
+models_app = typer.Typer(no_args_is_help=True, help="Registered models, their versions and aliases.")
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
+Storage = Annotated[
+    str | None, typer.Option(help="Root of datasets, checkpoints, bundles: file:///… or s3://…")
+]
+Home = Annotated[Path | None, typer.Option(help="Local folder [default: $COUNTERFAKE_HOME or runs].")]
+Tracking = Annotated[
+    str | None, typer.Option(help="MLflow [default: $MLFLOW_TRACKING_URI or SQLite in the home].")
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="path=value; may be repeated.")]
+Settings = Annotated[
+    list[Path] | None, typer.Option(help="YAML, TOML or JSON file of settings by dotted path.")
+]
+
+
+def open_workspace(
+    home: Path | None = None, storage: str | None = None, tracking: str | None = None
+) -> Workspace:
+    """The workspace of this call; the only place that reads these environment variables."""
+    root = home or Path(os.environ.get("COUNTERFAKE_HOME", "runs"))
+    storage = storage or os.environ.get("COUNTERFAKE_STORAGE")
+    if storage and "://" not in storage:
+        storage = Path(storage).expanduser().resolve().as_uri()
+    return Workspace.at(root, storage, tracking or os.environ.get("MLFLOW_TRACKING_URI"))
+
+
+@app.command()
+def run(
+    job: Annotated[str | None, typer.Argument(help="What to run; leave out to list all jobs.")] = None,
+    preset: Annotated[str | None, typer.Argument(help="Named settings; leave out to list them.")] = None,
+    sets: Sets = None,
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(help="Ray Train workers; 0 trains in this process.")] = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the resolved job and stop.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List presets and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no events.")] = False,
+) -> None:
+    """Run a job here, or inside the cluster when Ray submitted it."""
+    console = Console(quiet=quiet, as_json=as_json)
+    if job is None:
+        return _list_jobs(console)
+    module = jobs.load(job)
+    if listing:
+        return console.result([name.replace("_", "-") for name in module.PRESETS])
+    resolved = resolve(module, preset, sets, settings, workers)
+    if show:
+        return console.result(config.to_dict(resolved))
+    console.result(module.run(resolved, open_workspace(home, storage, tracking), console=console))
+    return None
+
+
+def resolve(
+    module: Any, preset: str | None, sets: list[str] | None, settings: list[Path] | None, workers: int | None
+) -> Any:
+    """Preset, then settings files in order, then --set, then --workers: all applied at once."""
+    job = jobs.preset(module, preset)
+    changes: dict[str, Any] = {}
+    for path in settings or []:
+        changes.update(config.load_file(path))
+    changes.update(config.parse_assignments(sets or []))
+    if workers is not None:
+        changes[_workers_path(job)] = workers
+    return config.override(job, changes)
+
+
+def _workers_path(job: Any) -> str:
+    for field in dataclasses.fields(job):
+        if field.name == "workers":
+            return "workers"
+        if hasattr(getattr(job, field.name), "workers"):
+            return f"{field.name}.workers"
+    raise ConfigError(f"{type(job).__name__} runs in one process; leave --workers out")
+
+
+def _list_jobs(console: Console) -> None:
+    rows = []
+    for name in jobs.names():
+        module = jobs.load(name)
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, ", ".join(key.replace("_", "-") for key in module.PRESETS), summary))
+    if console.as_json:
+        console.result([{"job": n, "presets": p.split(", "), "summary": s} for n, p, s in rows])
+    else:
+        console.table("counterfake run JOB PRESET", ("job", "presets", "what it does"), rows)
+
+
+@app.command()
+def submit(
+    job: Annotated[str, typer.Argument(help="As for run.")],
+    preset: Annotated[str | None, typer.Argument(help="As for run.")] = None,
+    address: Annotated[
+        str, typer.Option(help="Ray dashboard.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+    sets: Sets = None,
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's status.")] = True,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Upload this source tree to a cluster that has no install of it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Send the same job to a Ray cluster through its Jobs API."""
+    from jobs import submit as submission
+
+    resolved = resolve(jobs.load(job), preset, sets, settings, workers)  # mistakes are found here, not there
+    workspace = open_workspace(home, storage, tracking)
+    command = submission.entrypoint(job, preset, resolved, jobs.preset(jobs.load(job), preset), workspace)
+    raise typer.Exit(
+        submission.submit(
+            command, address=address, follow=follow, working_dir=working_dir, console=Console(as_json=as_json)
+        )
+    )
+
+
+@app.command()
+def doctor(
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: versions, disk, shared memory, ports, storage, tokens."""
+    from jobs import doctor as checks
+
+    console = Console(as_json=as_json)
+    results = checks.examine(open_workspace(home, storage, tracking))
+    if as_json:
+        console.result([dataclasses.asdict(result) for result in results])
+    else:
+        console.table(
+            "counterfake doctor", ("check", "state", "found", "what to do"), [r.row() for r in results]
+        )
+    raise typer.Exit(1 if any(r.state == "bad" for r in results) else 0)
+
+
+@data_app.command("list")
+def data_list(home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Datasets of this workspace, with their newest version."""
+    from counterfake.records import Dataset
+    from counterfake.storage import open_store
+
+    workspace, console = open_workspace(home, storage), Console(as_json=as_json)
+    store = open_store(f"{workspace.storage}/datasets")
+    names = sorted({entry.key.split("/")[0] for entry in store.list() if "/versions/" in entry.key})
+    rows = []
+    for name in names:
+        version = Dataset.open(workspace.dataset(name)).version()
+        rows.append((name, version.number, sum(s.rows for split in version.splits.values() for s in split)))
+    if as_json:
+        console.result([{"name": n, "version": v, "rows": r} for n, v, r in rows])
+    else:
+        console.table("datasets", ("name", "version", "rows"), rows)
+
+
+@data_app.command("show")
+def data_show(uri: str, home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
+    """One version: splits, counts, sources, report, who wrote it."""
+    from counterfake.records import Dataset
+
+    dataset = Dataset.open(open_workspace(home, storage).dataset(uri))
+    Console(as_json=as_json).result(dataset.version().describe())
+
+
+@data_app.command("verify")
+def data_verify(uri: str, home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Read every byte of a version and compare it with its digest."""
+    from counterfake.records import Dataset
+
+    console = Console(as_json=as_json)
+    dataset = Dataset.open(open_workspace(home, storage).dataset(uri))
+    with console.progress("verifying", None) as advance:
+        console.result(dataset.verify(progress=advance))
+
+
+@models_app.command("list")
+def models_list(
+    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Registered versions with aliases and lineage."""
+    console = Console(as_json=as_json)
+    versions = _registry(home, storage, tracking).list(name)
+    if as_json:
+        console.result([dataclasses.asdict(v) for v in versions])
+    else:
+        rows = [
+            (v.name, v.version, " ".join(f"@{a}" for a in v.aliases), v.digest[:12], v.run_id)
+            for v in versions
+        ]
+        console.table("models", ("name", "version", "aliases", "digest", "run"), rows)
+
+
+@models_app.command("show")
+def models_show(
+    reference: Annotated[str, typer.Argument(help="name@alias, name/3 or name")],
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """One version: digest, lineage, evaluation."""
+    version = _registry(home, storage, tracking).get(reference)
+    Console(as_json=as_json).result(dataclasses.asdict(version))
+
+
+@models_app.command("promote")
+def models_promote(
+    reference: Annotated[str, typer.Argument(help="name/3")],
+    alias: Annotated[str, typer.Option(help="champion, challenger or shadow")] = "champion",
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A gate setting: min_auc=0.9")] = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias, through the gate. A failed condition refuses and names itself."""
+    from counterfake.registry import Gate
+
+    registry = _registry(home, storage, tracking)
+    gate = config.override(Gate(), config.parse_assignments(sets or []))
+    version = registry.get(reference)
+    moved = registry.promote(version.name, version.version, alias=alias, gate=gate)
+    Console(as_json=as_json).result(dataclasses.asdict(moved))
+
+
+def _registry(home: Path | None, storage: str | None, tracking: str | None) -> Any:
+    from counterfake.registry import Registry
+
+    workspace = open_workspace(home, storage, tracking)
+    return Registry(workspace.tracking_uri, workspace.bundles)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Registered ensemble.")] = "ensemble@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    sets: Sets = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+) -> None:
+    """Serve verdicts over HTTP until interrupted; follows the alias while it runs."""
+    from serving import app as serving
+
+    changes = {"model": model, "host": host, "port": port, **config.parse_assignments(sets or [])}
+    settings = config.override(serving.Settings(), changes)
+    console = Console()
+    console.event(f"starting {settings.model} on {settings.host}:{settings.port} …")
+    serving.start(settings, open_workspace(home, storage, tracking), blocking=True)
+
+
+@app.command()
+def detect(
+    files: Annotated[list[Path], typer.Argument(help="Pictures: JPEG, PNG or WEBP.")],
+    url: Annotated[str | None, typer.Option(help="A running service; left out, the model runs here.")] = None,
+    model: Annotated[str, typer.Option(help="Registered ensemble, when it runs here.")] = "ensemble@champion",
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Real, fake or uncertain: a verdict for each picture. Exit status 1 if a picture could not be judged."""
+    console = Console(as_json=as_json)
+    judge = _remote_judge(url) if url else _local_judge(model, open_workspace(home, storage, tracking))
+    results, refused = [], 0
+    with console.progress("detecting", len(files)) as advance:
+        for path in files:
+            verdict, ok = _judge_file(judge, path)
+            refused += not ok
+            results.append({"file": str(path), **verdict})
+            advance(1)
+    if as_json:
+        console.result(results)
+    else:
+        rows = [(r["file"], r["verdict"], r.get("probability_fake"), r.get("reason") or "") for r in results]
+        console.table("verdicts", ("file", "verdict", "probability fake", "reason"), rows)
+    raise typer.Exit(1 if refused else 0)
+
+
+def _judge_file(judge: Callable[[bytes], dict[str, Any]], path: Path) -> tuple[dict[str, Any], bool]:
+    try:
+        verdict = judge(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except MediaError as error:
+        return {"verdict": "no_verdict", "reason": error.reason, "detail": str(error)}, False
+    return verdict, verdict["verdict"] != "no_verdict"
+
+
+def _remote_judge(url: str) -> Callable[[bytes], dict[str, Any]]:
+    from serving import client
+
+    return lambda data: client.detect(url, data)
+
+
+def _local_judge(model: str, workspace: Workspace) -> Callable[[bytes], dict[str, Any]]:
+    from counterfake import predictor
+    from counterfake.registry import Registry
+
+    folder = Registry(workspace.tracking_uri, workspace.bundles).fetch(model, workspace.cache)
+    loaded = predictor.load(folder)
+    if not isinstance(loaded, predictor.EnsemblePredictor):
+        raise ConfigError(
+            f"{model} is a {type(loaded).__name__}, not an ensemble; only an ensemble gives a verdict"
+        )
+    return loaded.verdict
+
+
+def reports_errors(call: Callable[[], None]) -> Callable[[], None]:
+    """A user's mistake becomes one line and status 2; an interrupt says how to go on."""
+
+    @wraps(call)
+    def wrapped() -> None:
+        try:
+            call()
+        except CounterfakeError as error:
+            Console().error(str(error))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            Console().error("stopped; the same command continues where this one ended")
+            sys.exit(130)
+
+    return wrapped
+
+
+@reports_errors
+def main() -> None:
+    """Entry point of the `counterfake` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Send a job to a Ray cluster through its Jobs API, follow its log, end with its status.
+
+The job is resolved here, so a mistake never reaches the cluster; what differs from the preset travels as `--set`.
+Token authentication: with RAY_AUTH_MODE=token the client reads the token as `ray` itself does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from counterfake import config
+from counterfake.errors import ClusterError
+from counterfake.workspace import Workspace
+from jobs.console import Console
+
+_PASSED_ON = (
+    "AWS_",
+    "MLFLOW_",
+    "COUNTERFAKE_",
+)  # environment that the job needs to reach storage and tracking
+
+
+def entrypoint(job: str, preset: str | None, resolved: Any, base: Any, workspace: Workspace) -> str:
+    """The command line that reproduces `resolved` from the preset, on any machine with the package."""
+    before, after = config.flatten(config.to_dict(base)), config.flatten(config.to_dict(resolved))
+    sets = [f"{path}={_text(value)}" for path, value in after.items() if before.get(path) != value]
+    words = ["python", "-m", "jobs", "run", job, *([preset] if preset else [])]
+    for assignment in sets:
+        words += ["--set", assignment]
+    words += [
+        "--home",
+        str(workspace.home),
+        "--storage",
+        workspace.storage,
+        "--tracking",
+        workspace.tracking_uri,
+    ]
+    return shlex.join([*words, "--json"])
+
+
+def submit(command: str, *, address: str, follow: bool, working_dir: Path | None, console: Console) -> int:
+    """Exit status of the job: 0 succeeded, 1 failed or stopped."""
+    client = _client(address)
+    runtime_env: dict[str, Any] = {
+        "env_vars": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
+    }
+    if working_dir:
+        runtime_env["working_dir"] = str(working_dir)
+        runtime_env["excludes"] = [".git", ".venv", "runs"]
+        runtime_env["env_vars"]["PYTHONPATH"] = "platform:."
+    job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
+    console.event(f"submitted {job_id} to {address}: {command}")
+    if not follow:
+        console.result({"job_id": job_id, "address": address})
+        return 0
+    try:
+        asyncio.run(_follow(client, job_id, console))
+    except KeyboardInterrupt:
+        console.event(
+            f"{job_id} goes on; `ray job logs {job_id}` follows it, `ray job stop {job_id}` ends it"
+        )
+        return 130
+    return _finish(client, job_id, address, console)
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # the client raises ConnectionError, RuntimeError or requests' errors
+        text = str(error).strip().splitlines()[0]
+        hint = "start one with `ray start --head`, or name it with --address"
+        if "token" in text.lower() or "401" in text or "auth" in text.lower():
+            hint = "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE as on the head"
+        raise ClusterError(f"no Ray cluster answers at {address}: {text}; {hint}") from error
+
+
+async def _follow(client: Any, job_id: str, console: Console) -> None:
+    async for text in client.tail_job_logs(job_id):
+        print(text, end="", flush=True)
+
+
+def _finish(client: Any, job_id: str, address: str, console: Console) -> int:
+    deadline = time.monotonic() + 30
+    while True:
+        info = client.get_job_info(job_id)
+        if info.status.is_terminal() or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)  # the log can end a moment before the status changes
+    console.event(f"{job_id} {info.status.value.lower()}" + (f": {info.message}" if info.message else ""))
+    return 0 if info.status.value == "SUCCEEDED" else 1
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""The detection service: Ray Serve deployments behind one FastAPI gateway."""
