@@ -1,0 +1,368 @@
+"""Shards -> batches: a deterministic, resumable, elastic order, decoded by threads into uint8 batches.
+
+The order of rows is order.py's; a rank reads the slice of each global batch that its lanes make.
+Letters: N rows of a batch, C channels, H W pixels, L lanes, W world size.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from counterfake import media
+from counterfake.errors import ConfigError, DataError, MediaError
+from counterfake.images import Preprocess
+from counterfake.order import Order, Rows
+from counterfake.records import Dataset
+from counterfake.samples import LABELS
+from counterfake.versions import Shard, fits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows, in which order, as which pixels."""
+
+    uri: str = ""  # of the data set, perhaps with @version; must be set
+    split: str = "train"  # "*" = every split
+    batch_size: int = 64  # of the global batch, over all ranks
+    preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
+    lanes: int = (
+        4  # independent streams; the world size must divide them (gcd with batch_size where it does not fit)
+    )
+    window: int = 16  # record batches of a lane whose rows are shuffled together
+    mix_shards: int = 4  # shards of a lane whose record batches are mixed
+    seed: int = 0  # of the order
+    drop_last: bool = True  # leave out the rows of an epoch that do not fill a batch
+    where: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"fake": 0}, {"identity": ["a", "b"]}
+    threads: int = 2  # decoding threads of each rank
+    prefetch: int = 4  # batches decoded ahead
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "lanes", "window", "mix_shards", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := sorted(set(self.where) - set(LABELS)):
+            raise ConfigError(f"data.where has no column {unknown[0]!r}; it may name {', '.join(LABELS)}")
+
+    @property
+    def streams(self) -> int:
+        """Lanes in use: as many as both divide the batch and were asked for."""
+        return math.gcd(self.batch_size, self.lanes)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Batch:
+    """One rank's share of a global batch. With drop_last=False the last of an epoch is smaller, on some ranks empty."""
+
+    images: torch.Tensor  # (N, C, H, W) uint8, channels last in memory
+    fake: torch.Tensor  # (N,) int64; 1 fake, 0 real, -1 unknown
+    class_id: torch.Tensor  # (N,) int64; -1 unknown
+    identity: torch.Tensor  # (N,) int64 index into Loader.identities; -1 unknown
+    maker: torch.Tensor  # (N,) int64 index into Loader.makers; -1 unknown
+    ids: list[str]
+    step: int  # of the run, counted over epochs
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device; from pinned memory the copy does not wait."""
+        names = ("images", "fake", "class_id", "identity", "maker")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
+
+
+class Loader:
+    """The batches of one rank. Opening reads the manifest only (and the label columns that `where` names)."""
+
+    def __init__(
+        self, config: DataConfig, *, rank: int = 0, world: int = 1, cache: Path | None = None
+    ) -> None:
+        """Raises ConfigError where batch, lanes and world size do not fit; DataError for no rows or another schema."""
+        if not config.uri:
+            raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
+        _check_world(config, rank, world)
+        self.config, self.rank, self.world = config, rank, world
+        self.dataset = Dataset.open(config.uri, cache=cache)
+        self.version = self.dataset.version()
+        self.identities = self.version.names("identity", config.where)
+        self.makers = self.version.names("maker", config.where)
+        self._shards = self.version.shards(config.split)
+        self._order = Order(
+            self._blocks(),
+            batch_size=config.batch_size,
+            lanes=config.streams,
+            window=config.window,
+            mix_shards=config.mix_shards,
+            seed=config.seed,
+            drop_last=config.drop_last,
+        )
+        if self.rows == 0:
+            raise DataError(f"{self._name} has no rows{self._filter}; choose another split or filter")
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{self._name} has {self.rows} rows{self._filter}, fewer than data.batch_size={config.batch_size}; "
+                f"lower it or set data.drop_last=false"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch, over all ranks, before drop_last."""
+        return self._order.rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps
+
+    def batches(self, start_step: int = 0, epochs: int | None = None) -> Iterator[Batch]:
+        """Batches from `start_step` of the run on, for ever or until `epochs` are full. Close it to stop its threads."""
+        end = None if epochs is None else epochs * self.steps_per_epoch
+        return _prefetched(self, start_step, end)
+
+    def plan(self, step: int) -> Rows:
+        """(N, 3): shard, record batch and row of each sample of this rank at `step`, in order."""
+        epoch, local = divmod(step, self.steps_per_epoch)
+        each = self._order.lanes // self.world
+        lanes = range(self.rank * each, (self.rank + 1) * each)
+        return np.concatenate([self._order.slice(epoch, local, lane) for lane in lanes])
+
+    @property
+    def _name(self) -> str:
+        return f"{self.dataset.store.uri}@{self.version.number} split {self.config.split}"
+
+    @property
+    def _filter(self) -> str:
+        return f" where {self.config.where}" if self.config.where else ""
+
+    def _blocks(self) -> list[list[Rows | int]]:
+        """For each shard, of each record batch: how many rows, or which ones if `where` chooses."""
+        if not self.config.where:
+            return [list(shard.rows_per_batch) for shard in self._shards]
+        return [self._chosen(shard) for shard in self._shards]
+
+    def _chosen(self, shard: Shard) -> list[Rows | int]:
+        where = self.config.where
+        reader = self.dataset.reader(shard, list(where))
+        chosen: list[Rows | int] = []
+        for index in range(reader.num_record_batches):
+            batch = reader.get_batch(index)
+            keep = np.ones(batch.num_rows, bool)
+            for name, value in where.items():
+                keep &= [fits(item, value) for item in batch.column(name).to_pylist()]
+            chosen.append(np.flatnonzero(keep))
+        return chosen
+
+
+def _check_world(config: DataConfig, rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} of {world} workers does not exist")
+    if config.streams % world:
+        lanes = math.lcm(config.lanes, world)
+        batch = math.ceil(config.batch_size / lanes) * lanes
+        raise ConfigError(
+            f"data.batch_size={config.batch_size} in {config.streams} lanes cannot be shared by {world} workers; "
+            f"set data.batch_size={batch} and data.lanes={lanes}, or another number of workers"
+        )
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class _Block:
+    """An open record batch. `rows` holds (id, fake, class_id, identity, maker, face_box) of each row."""
+
+    rows: list[tuple[Any, ...]]
+    pixels: NDArray[np.uint8] | None  # (rows, H, W, C) view of raw pixels
+    media: memoryview | None  # of all encoded pictures; row i is media[ends[i]:ends[i + 1]]
+    ends: list[int]
+
+    def decode(self, row: int) -> NDArray[np.uint8]:
+        """(H, W, C) uint8 of a row."""
+        if self.pixels is not None:
+            return self.pixels[row]
+        assert self.media is not None
+        return media.decode_trusted(bytes(self.media[self.ends[row] : self.ends[row + 1]]))
+
+
+class _Decoder:
+    """Opens shards and record batches, keeps the latest, and fills batches. Used by several threads at once."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._shards = loader._shards
+        self._preprocess = loader.config.preprocess
+        self._raw_shape = loader.version.shape
+        self._vocabulary = {
+            name: {value: index for index, value in enumerate(values)}
+            for name, values in (("identity", loader.identities), ("maker", loader.makers))
+        }
+        each = loader._order.lanes // loader.world
+        self._blocks: collections.OrderedDict[tuple[int, int], _Block] = collections.OrderedDict()
+        self._most_blocks = 2 * each * loader.config.window + 16
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._most_readers = 2 * each * loader.config.mix_shards + 8
+        self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
+        self._pin = torch.cuda.is_available()
+        self.closed = threading.Event()
+
+    def batch(self, step: int) -> Batch:
+        """Decode this rank's share of `step`. Raises DataError naming shard and id."""
+        plan = self._loader.plan(step).tolist()
+        side, channels = self._preprocess.size, self._preprocess.channels
+        images = torch.empty((len(plan), side, side, channels), dtype=torch.uint8, pin_memory=self._pin)
+        labels = self._fill(images.numpy(), plan)
+        ids = [row[0] for row in labels]
+        fake, class_id, identity, maker = (
+            torch.tensor([row[1:5] for row in labels]).reshape(-1, 4).long().unbind(1)
+        )
+        return Batch(
+            images=images.permute(0, 3, 1, 2),  # (N, C, H, W)
+            fake=fake,
+            class_id=class_id,
+            identity=identity,
+            maker=maker,
+            ids=ids,
+            step=step,
+            epoch=step // self._loader.steps_per_epoch,
+        )
+
+    def _fill(self, images: NDArray[np.uint8], plan: list[list[int]]) -> list[tuple[Any, ...]]:
+        """Decode every row of the plan into its slot; the labels of each."""
+        blocks = {
+            (shard, number): self._block(shard, number) for shard, number in {(s, n) for s, n, _ in plan}
+        }
+        labels = []
+        for slot, (shard, number, row) in enumerate(plan):
+            if self.closed.is_set():
+                raise DataError("the batches were closed")
+            block = blocks[shard, number]
+            label = block.rows[row]
+            try:
+                images[slot] = self._preprocess.apply(block.decode(row), label[5])
+            except (MediaError, DataError, ValueError) as error:
+                where = f"{self._loader.dataset.store.uri}/{self._shards[shard].key}"
+                raise DataError(f"{where}, id {label[0]}: {error}") from error
+            labels.append(label)
+        return labels
+
+    def _block(self, shard: int, number: int) -> _Block:
+        key = (shard, number)
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                return self._blocks[key]
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:  # one download; readers are not for two threads at once
+            block = self._open(self._reader(shard).get_batch(number))
+        with self._lock:
+            self._blocks[key] = block
+            while len(self._blocks) > self._most_blocks:
+                self._blocks.popitem(last=False)
+        return block
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+                return self._readers[shard]
+        reader = self._loader.dataset.reader(self._shards[shard])
+        with self._lock:
+            self._readers[shard] = reader
+            while len(self._readers) > self._most_readers:
+                self._readers.popitem(last=False)
+        return reader
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the local cache."""
+        if not self.closed.is_set():
+            self._loader.dataset.local(self._shards[shard])
+
+    def _open(self, batch: pa.RecordBatch) -> _Block:
+        columns = [batch.column("id").to_pylist()]
+        columns += [_integers(batch.column(name)) for name in ("fake", "class_id")]
+        columns += [_indices(batch.column(name), known) for name, known in self._vocabulary.items()]
+        boxes = (
+            batch.column("face_box").to_pylist()
+            if self._preprocess.crop == "face"
+            else [None] * batch.num_rows
+        )
+        rows = list(zip(*columns, boxes, strict=True))
+        if self._raw_shape:
+            flat = batch.column("pixels").flatten().to_numpy(zero_copy_only=True)
+            return _Block(rows, flat.reshape(-1, *self._raw_shape), None, [])
+        pictures = batch.column("image").field("bytes")
+        _, offsets, data = pictures.buffers()
+        ends = np.frombuffer(offsets, np.int32)[pictures.offset : pictures.offset + len(pictures) + 1]
+        return _Block(rows, None, memoryview(data), ends.tolist())
+
+
+def _integers(column: pa.Array) -> list[int]:
+    return [-1 if value is None else value for value in column.to_pylist()]
+
+
+def _indices(column: pa.Array, known: dict[str, int]) -> list[int]:
+    return [known.get(value, -1) for value in column.to_pylist()]
+
+
+def _prefetched(loader: Loader, start: int, end: int | None) -> Iterator[Batch]:
+    """Batches in order, each decoded whole by one thread, `prefetch` of them ahead of the consumer."""
+    decoder = _Decoder(loader)
+    pool = ThreadPoolExecutor(loader.config.threads, "decode")
+    fetchers = None if loader.dataset.store.is_local else _Fetchers(loader, decoder)
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    step = start
+    try:
+        while True:
+            while len(pending) < loader.config.prefetch + 1 and (end is None or step < end):
+                if fetchers is not None:
+                    fetchers.ahead(step)
+                pending.append(pool.submit(decoder.batch, step))
+                step += 1
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        decoder.closed.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        if fetchers is not None:
+            fetchers.close()
+
+
+class _Fetchers:
+    """Downloads the shards that each lane of this rank needs next, before a decoding thread asks for them."""
+
+    def __init__(self, loader: Loader, decoder: _Decoder) -> None:
+        self._loader, self._decoder = loader, decoder
+        self._pool = ThreadPoolExecutor(4, "fetch")
+        self._asked: set[int] = set()
+
+    def ahead(self, step: int) -> None:
+        epoch, local = divmod(step, self._loader.steps_per_epoch)
+        order = self._loader._order
+        each = order.lanes // self._loader.world
+        for lane in range(self._loader.rank * each, (self._loader.rank + 1) * each):
+            needed = order.shards_ahead(epoch, local, lane)
+            if len(needed) < self._loader.config.mix_shards:  # the epoch ends soon
+                needed += order.shards_ahead(epoch + 1, 0, lane)
+            for shard in needed:
+                if shard not in self._asked:
+                    self._asked.add(shard)
+                    # a failure is raised by the decoding thread, which asks again
+                    self._pool.submit(self._decoder.fetch, shard)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,418 @@
+"""storage.py over files and over S3 (moto's server, real HTTP), with a faulty proxy where the network must misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import http.server
+import os
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from counterfake import storage
+from counterfake.errors import (
+    ConfigError,
+    CorruptError,
+    NotFoundError,
+    StorageError,
+    StorageTimeoutError,
+)
+from counterfake.storage import open_store, probe, write_atomic
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> storage.Store:
+    if request.param == "file":
+        return open_store((tmp_path / "store").as_uri())
+    return open_store(f"{request.getfixturevalue('s3').uri}/some/prefix")
+
+
+def test_what_is_put_is_read_listed_and_deleted(store: storage.Store) -> None:
+    store.put("a/one", b"1")
+    store.put("a/two", b"22")
+    store.put("b", b"333")
+    assert store.read("a/two") == b"22"
+    assert store.exists("b")
+    assert not store.exists("a")
+    assert [(entry.key, entry.size) for entry in store.list()] == [("a/one", 1), ("a/two", 2), ("b", 3)]
+    assert [entry.key for entry in store.list("a/t")] == ["a/two"]
+    assert abs(store.list("b")[0].modified - time.time()) < 60
+    store.delete("b")
+    store.delete("b")
+    assert not store.exists("b")
+    assert store.list("nothing/here") == []
+
+
+def test_put_replaces_and_put_if_absent_does_not(store: storage.Store) -> None:
+    store.put("key", b"old")
+    store.put("key", b"new")
+    assert not store.put_if_absent("key", b"newer")
+    assert store.read("key") == b"new"
+    assert store.put_if_absent("other", b"first")
+    assert store.read("other") == b"first"
+
+
+def test_of_sixteen_writers_one_wins(store: storage.Store) -> None:
+    for round_number in range(3):
+        key = f"versions/{round_number}"
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(lambda n, key=key: store.put_if_absent(key, b"writer %d" % n), range(16)))
+        assert sum(won) == 1
+        assert store.read(key) == b"writer %d" % won.index(True)
+
+
+def test_a_missing_object_is_named(store: storage.Store) -> None:
+    with pytest.raises(NotFoundError, match=r"no/such does not exist"):
+        store.read("no/such")
+    with pytest.raises(NotFoundError, match="no/such"):
+        store.fetch("no/such", sha256=sha(b""), cache=Path("/nonexistent/never"))
+    with pytest.raises(NotFoundError, match="nothing is stored under"):
+        store.download("no", Path("/nonexistent/never"))
+
+
+def test_ranges_are_exact(store: storage.Store) -> None:
+    store.put("key", bytes(range(100)))
+    assert store.read_range("key", 10, 5) == bytes(range(10, 15))
+    assert store.read_range("key", 98, 50) == bytes([98, 99])
+    assert store.read_range("key", 0, 0) == b""
+
+
+def test_a_read_with_another_digest_is_corrupt(store: storage.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    store.put("key", b"bytes")
+    assert store.read("key", sha256=sha(b"bytes")) == b"bytes"
+    with pytest.raises(CorruptError, match="restore"):
+        store.read("key", sha256=sha(b"other"))
+
+
+def test_fetch_gives_a_verified_local_file(store: storage.Store, tmp_path: Path) -> None:
+    data = os.urandom(3000)
+    store.put("shards/x", data)
+    path = store.fetch("shards/x", sha256=sha(data), cache=tmp_path / "cache")
+    assert path.read_bytes() == data
+    assert store.fetch("shards/x", sha256=sha(data), cache=tmp_path / "cache") == path
+    if store.is_local:
+        assert not (tmp_path / "cache").exists()
+
+
+def test_fetch_refuses_altered_bytes(store: storage.Store, tmp_path: Path) -> None:
+    store.put("shards/x", b"altered")
+    with pytest.raises(CorruptError, match="shards/x"):
+        store.fetch("shards/x", sha256=sha(b"original"), cache=tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_downloaded_again(s3, tmp_path: Path) -> None:
+    store = open_store(s3.uri)
+    store.put("x", b"good bytes")
+    path = store.fetch("x", sha256=sha(b"good bytes"), cache=tmp_path)
+    path.write_bytes(b"bad bytes!")
+    assert store.fetch("x", sha256=sha(b"good bytes"), cache=tmp_path).read_bytes() == b"good bytes"
+
+
+def test_publish_puts_the_marker_last_and_download_restores_the_folder(
+    store: storage.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "a.bin").write_bytes(b"a")
+    (folder / "deep" / "z.bin").write_bytes(b"z")
+    keys: list[str] = []
+    real = store.put_file
+    monkeypatch.setattr(store, "put_file", lambda key, path: (keys.append(key), real(key, path)))
+    store.publish(folder, "runs/one")
+    assert keys[-1] == "runs/one/state.json"
+    assert len(keys) == 3
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "stale").write_text("")
+    store.download("runs/one", tmp_path / "back")
+    found = {
+        p.relative_to(tmp_path / "back").as_posix() for p in (tmp_path / "back").rglob("*") if p.is_file()
+    }
+    assert found == {"state.json", "a.bin", "deep/z.bin"}
+
+
+def test_publish_refuses_a_folder_without_its_marker(store: storage.Store, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"has no state\.json"):
+        store.publish(tmp_path, "runs/one")
+    assert store.list() == []
+
+
+def test_large_files_go_up_in_parts(
+    store: storage.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # S3's smallest part
+    data = os.urandom(11 << 20)
+    (tmp_path / "large").write_bytes(data)
+    store.put_file("large", tmp_path / "large")
+    assert store.fetch("large", sha256=sha(data), cache=tmp_path / "cache").read_bytes() == data
+    assert sha(store.read("large")) == sha(data)
+
+
+def test_pyarrow_reads_what_was_put(store: storage.Store) -> None:
+    store.put("deep/key", b"arrow")
+    filesystem, root = store.filesystem()
+    with filesystem.open_input_stream(f"{root}/deep/key") as stream:
+        assert stream.read() == b"arrow"
+
+
+def test_probe_finds_conditional_writes(store: storage.Store) -> None:
+    assert probe(store).conditional_writes
+    probe(store).require(store.uri)
+    assert store.list() == []
+
+
+def test_a_store_that_overwrites_is_refused(store: storage.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PROBED", {})
+    monkeypatch.setattr(store, "put_if_absent", lambda key, data: store.put(key, data) is None)
+    with pytest.raises(StorageError, match="does not keep conditional writes"):
+        probe(store).require(store.uri)
+
+
+def test_a_store_that_races_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenStack Swift does: it looks, then writes, and two writers at once are both told that they won."""
+    store = open_store((tmp_path / "store").as_uri())
+
+    def look_then_write(key: str, data: bytes) -> bool:
+        if store.exists(key):
+            return False
+        time.sleep(0.1)
+        store.put(key, data)
+        return True
+
+    monkeypatch.setattr(store, "put_if_absent", look_then_write)
+    assert not probe(store).conditional_writes
+
+
+@pytest.mark.parametrize("uri", ["faces", "http://host/x", "file://relative", "s3://", "/tmp/x"])
+def test_other_uris_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="is neither"):
+        open_store(uri)
+
+
+def test_keys_do_not_leave_the_store(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    for key in ("../outside", "/etc/passwd", "a/../../b"):
+        with pytest.raises(StorageError, match="leaves"):
+            store.put(key, b"")
+
+
+def test_readers_of_a_file_see_old_or_new_and_no_leftovers(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_atomic(path, b"a" * 100_000)
+    stop, seen = threading.Event(), set()
+
+    def watch() -> None:
+        while not stop.is_set():
+            data = path.read_bytes()
+            seen.add((len(data), data[:1], data[-1:]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(50):
+        write_atomic(path, b"b" * 200_000)
+        write_atomic(path, b"a" * 100_000)
+    stop.set()
+    watcher.join()
+    assert seen <= {(100_000, b"a", b"a"), (200_000, b"b", b"b")}
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_file_system_without_hard_links_still_has_one_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = open_store(tmp_path.as_uri())
+    assert store.put_if_absent("key", b"first")
+    assert not store.put_if_absent("key", b"second")
+    assert store.read("key") == b"first"
+
+
+def test_a_missing_bucket_and_missing_credentials_say_what_to_do(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFoundError, match="the bucket does not exist; create it"):
+        open_store("s3://no-such-bucket-here/x").read("key")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID"):
+        open_store(s3.uri).read("key")
+
+
+def test_a_store_travels_between_processes(store: storage.Store) -> None:
+    import copy
+
+    store.put("key", b"bytes")
+    assert copy.deepcopy(store).read("key") == b"bytes"
+
+
+# -- a network that misbehaves --------------------------------------------------------------------------------------
+
+Fault = Callable[[int, str], str]  # (request number, method) -> "" or the name of a fault
+
+
+class _Proxy(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, target: str, fault: Fault) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target = urllib.parse.urlsplit(target).netloc
+        self.fault = fault
+        self.seen: Counter[str] = Counter()
+        self.count = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Proxy
+
+    def handle_any(self) -> None:
+        with self.server.lock:
+            self.server.count += 1
+            fault = self.server.fault(self.server.count, self.command)
+            self.server.seen[fault] += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault == "503":
+            self.answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+        elif fault == "reset":
+            self.hang_up()
+        else:
+            self.forward(body, fault)
+
+    def forward(self, body: bytes, fault: str) -> None:
+        upstream = http.client.HTTPConnection(self.server.target)
+        upstream.request(self.command, self.path, body, dict(self.headers))
+        response = upstream.getresponse()
+        data = response.read()
+        headers = [
+            (k, v) for k, v in response.getheaders() if k.lower() not in ("connection", "transfer-encoding")
+        ]
+        if fault == "lost":  # done, but nobody hears of it
+            self.hang_up()
+            return
+        if fault == "flip" and data:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        self.answer(response.status, headers, data, fault)
+
+    def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, fault: str = "") -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "stall":
+            time.sleep(2.5)
+        if fault == "drip":
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+        elif fault == "truncate":
+            self.wfile.write(data[: len(data) // 2])
+            self.hang_up()
+        else:
+            self.wfile.write(data)
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.close()
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[storage.Store, _Proxy]]]:
+    monkeypatch.setattr(storage, "STALL_SECONDS", 1.0)
+    proxies = []
+
+    def make(fault: Fault, **options: float) -> tuple[storage.Store, _Proxy]:
+        proxy = _Proxy(s3.endpoint, fault)
+        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        proxies.append(proxy)
+        return open_store(s3.uri, endpoint_url=proxy.url, **options), proxy
+
+    yield make
+    for proxy in proxies:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncate", "flip", "stall"])
+def test_a_read_survives_a_fault(faulty, s3, fault: str) -> None:
+    open_store(s3.uri).put("key", b"some bytes " * 1000)
+    store, proxy = faulty(lambda number, _: fault if number <= 2 else "")
+    assert store.read("key") == b"some bytes " * 1000
+    assert proxy.count == 3
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncate", "flip"])
+def test_a_fetch_survives_a_fault(faulty, s3, tmp_path: Path, fault: str) -> None:
+    data = os.urandom(100_000)
+    open_store(s3.uri).put("key", data)
+    store, proxy = faulty(lambda number, method: fault if method == "GET" and number <= 3 else "")
+    assert store.fetch("key", sha256=sha(data), cache=tmp_path).read_bytes() == data
+    assert proxy.seen[fault]
+
+
+def test_a_commit_whose_answer_was_lost_is_still_ours(faulty, s3) -> None:
+    store, _ = faulty(lambda number, _: "lost" if number == 1 else "")
+    assert store.put_if_absent("versions/1", b"mine, with a name in it")
+    assert not open_store(s3.uri).put_if_absent("versions/1", b"somebody else's")
+
+
+def test_a_store_that_only_fails_is_given_up_with_advice(faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    store, proxy = faulty(lambda *_: "503")
+    with pytest.raises(StorageError, match=r"3 attempts .* SlowDown; check that the endpoint is up"):
+        store.read("key")
+    assert proxy.count == 3
+
+
+def test_bytes_that_are_altered_every_time_are_corrupt(faulty, s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    open_store(s3.uri).put("key", b"bytes")
+    store, _ = faulty(lambda *_: "flip")
+    with pytest.raises(CorruptError, match="key: 3 attempts"):
+        store.read("key")
+
+
+@pytest.mark.parametrize("fault", ["stall", "drip"])
+def test_the_total_deadline_holds(faulty, s3, fault: str) -> None:
+    open_store(s3.uri).put("key", b"slow bytes" * 100)
+    store, _ = faulty(lambda *_: fault, deadline_s=1.5)
+    start = time.monotonic()
+    with pytest.raises(StorageTimeoutError, match=r"deadline is 1\.5 s: check that the endpoint is up"):
+        store.read("key")
+    assert time.monotonic() - start < 15  # far from the eight attempts it would make
+
+
+def test_an_endpoint_where_nobody_listens_fails_soon(s3, free_port: int) -> None:
+    store = open_store(s3.uri, endpoint_url=f"http://127.0.0.1:{free_port}", deadline_s=2)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="check that the endpoint is up"):
+        store.exists("key")
+    assert time.monotonic() - start < 15
