@@ -1,0 +1,179 @@
+"""Pixels to network input and back: preprocessing, tensors, grids, seeded degradations. Knows no files and no faces' detector.
+
+`Preprocess` is stored with every model and hashed, and training and serving call the same `apply`. Arrays are
+(H, W, C) uint8 RGB; tensors are (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from counterfake import config
+from counterfake.errors import ConfigError, DataError
+from counterfake.faces import Box, crop_box
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From a decoded picture to the square a network reads."""
+
+    size: int = 96  # side of the square, pixels
+    channels: int = 3  # 3 = RGB, 1 = luma
+    crop: Literal["none", "center", "face"] = "none"  # none: the whole picture, its aspect ratio given up
+    margin: float = 1.3  # side of the face crop / longer side of the face box
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.channels not in (1, 3) or self.margin <= 0:
+            raise ConfigError(
+                f"preprocess needs size >= 1, channels 1 or 3, margin > 0; got {self.size}, {self.channels}, {self.margin}"
+            )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the settings: a bundle refuses pixels made with others."""
+        return config.digest(self)
+
+    def apply(self, pixels: Pixels, face_box: Box | None = None) -> Pixels:
+        """pixels (H, W, C) uint8 -> (size, size, channels) uint8. Raises DataError if crop is "face" without a box."""
+        return resize(_channels(self._cropped(pixels, face_box), self.channels), self.size, self.size)
+
+    def _cropped(self, pixels: Pixels, face_box: Box | None) -> Pixels:
+        height, width = pixels.shape[:2]
+        if self.crop == "none":
+            return pixels
+        if self.crop == "center":
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
+            return pixels[top : top + side, left : left + side]
+        if face_box is None:
+            raise DataError(
+                "preprocess.crop is face but this sample has no face_box; ingest with faces or set crop=center"
+            )
+        left, top, right, bottom = crop_box(face_box, self.margin, (width, height))
+        return pixels[top:bottom, left:right]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Degradation:
+    """What pictures go through before they are shared. Each step happens with `probability`, at a uniform strength."""
+
+    probability: float = 0.5  # of each step below, independently
+    jpeg: tuple[int, int] | None = (40, 100)  # quality
+    blur: tuple[float, float] | None = (0.1, 2.0)  # sigma of the Gaussian, pixels
+    resize: tuple[float, float] | None = (0.5, 1.0)  # shrink by this factor, then back to the old size
+    noise: tuple[float, float] | None = (0.0, 8.0)  # standard deviation, of 255
+
+
+def degrade(pixels: Pixels, degradation: Degradation, rng: np.random.Generator) -> Pixels:
+    """A worse copy of pixels (H, W, C) uint8: resize, blur, noise, then JPEG. The same rng state gives the same bytes."""
+    shape, out = pixels.shape, pixels
+    chosen = rng.random(4) < degradation.probability
+    strength = rng.random(4)
+    if degradation.resize and chosen[0]:
+        factor = _between(degradation.resize, strength[0])
+        out = resize(out, max(8, round(shape[1] * factor)), max(8, round(shape[0] * factor)))
+        out = resize(out, shape[1], shape[0])
+    if degradation.blur and chosen[1]:
+        out = blur(out, _between(degradation.blur, strength[1]))
+    if degradation.noise and chosen[2]:
+        out = noise(out, _between(degradation.noise, strength[2]), rng)
+    if degradation.jpeg and chosen[3]:
+        out = recompress(out, round(_between(degradation.jpeg, strength[3])))
+    return out
+
+
+def resize(pixels: Pixels, width: int, height: int) -> Pixels:
+    """(H, W, C) -> (height, width, C): area average when shrinking (antialiased), linear when growing."""
+    if pixels.shape[:2] == (height, width):
+        return np.ascontiguousarray(pixels)
+    shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    out = np.asarray(
+        cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=method), np.uint8
+    )
+    return out.reshape(height, width, pixels.shape[2])  # cv2 drops a channel axis of one
+
+
+def recompress(pixels: Pixels, quality: int) -> Pixels:
+    """One JPEG round trip, 4:2:0, at this quality."""
+    space = "GRAY" if pixels.shape[2] == 1 else "RGB"
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=quality, colorspace=space, colorsubsampling="420"
+    )
+    return np.asarray(simplejpeg.decode_jpeg(data, colorspace=space), np.uint8)
+
+
+def blur(pixels: Pixels, sigma: float) -> Pixels:
+    """Gaussian blur; sigma in pixels, 0 = unchanged."""
+    if sigma <= 0:
+        return pixels
+    return np.asarray(cv2.GaussianBlur(pixels, (0, 0), sigma), np.uint8).reshape(pixels.shape)
+
+
+def noise(pixels: Pixels, std: float, rng: np.random.Generator) -> Pixels:
+    """Independent Gaussian noise of standard deviation `std` (of 255) on every value."""
+    noisy = pixels + rng.standard_normal(pixels.shape, np.float32) * std
+    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (N, C, H, W) in [-1, 1] -> uint8, rounded and clipped; the inverse of `to_float`."""
+    return ((images.detach().float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Pixels | Tensor | Sequence[Pixels], columns: int = 8, gap: int = 2) -> Pixels:
+    """Tile (N, H, W, C) uint8, or a tensor (N, C, H, W) uint8 or float in [-1, 1], into one (H', W', 3) picture."""
+    tiles = _tiles(images)
+    n, height, width, _ = tiles.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+# -- private --------------------------------------------------------------------------------------------------------
+
+
+def _tiles(images: Pixels | Tensor | Sequence[Pixels]) -> Pixels:
+    if not len(images):
+        raise DataError("a grid needs at least one picture")
+    if isinstance(images, Tensor):
+        images = to_uint8(images) if images.is_floating_point() else images
+        array = images.detach().cpu().permute(0, 2, 3, 1).numpy()
+    else:
+        array = np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
+    if array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise DataError(f"a grid needs pictures with 1 or 3 channels, got shape {array.shape}")
+    return np.broadcast_to(array, (*array.shape[:3], 3))
+
+
+def _channels(pixels: Pixels, channels: int) -> Pixels:
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY), np.uint8)[:, :, None]
+
+
+def _between(bounds: tuple[float, float], share: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * float(share)

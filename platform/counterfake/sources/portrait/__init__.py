@@ -1,0 +1,1 @@
+"""Procedural faces: people.py says who and how, painter.py draws, canvas.py projects, camera.py photographs."""
