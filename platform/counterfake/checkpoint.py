@@ -1,0 +1,186 @@
+"""A checkpoint is a folder: safetensors + `state.json`, which is written last and holds every digest. No pickle anywhere.
+
+A state is a nested dict of tensors and JSON scalars. Each top-level entry that holds tensors becomes one
+`<name>.safetensors`; the tree itself, with the tensors replaced by their names, is in `state.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from counterfake.config import canonical_json
+from counterfake.errors import CheckpointError
+
+FORMAT = 1
+STATE = "state.json"
+
+
+def save(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    """Write `folder` whole or not at all -> its digest. `folder` must not exist, or be empty.
+
+    `meta` is JSON for people and for resuming: step, epoch, resolved job, dataset version, commit."""
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} already holds files; a checkpoint is never overwritten, give a new folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    part.mkdir()
+    try:
+        fingerprint = _write(part, state, meta)
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+    return fingerprint
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, meta) of a checkpoint, every byte verified. Raises CheckpointError."""
+    info = _read_info(folder)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, expected in info["files"].items():
+        data = _read(folder, name)
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{folder / name} was altered: its SHA-256 is {found[:12]}, written with {expected[:12]}; "
+                "use an older checkpoint"
+            )
+        try:
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / name} is no safetensors file: {error}") from error
+    return _restore(info["tree"], tensors, folder), info["meta"]
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Only the JSON part, without reading or verifying weights."""
+    return _read_info(folder)["meta"]
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of `state.json`, which holds the digests of all other files."""
+    return hashlib.sha256(_read(folder, STATE)).hexdigest()
+
+
+def weights_digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of all tensors of a state, nested or of one module: equal if names, types, shapes and every bit are."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    _split(state, "all", "", tensors)
+    return hashlib.sha256(safetensors.torch.save(_plain(tensors.get("all", {})))).hexdigest()
+
+
+# -- private --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    tree = {name: _split(value, name, "", tensors) for name, value in state.items()}
+    files = {}
+    for group, members in tensors.items():
+        data = safetensors.torch.save(_plain(members))
+        files[f"{group}.safetensors"] = hashlib.sha256(data).hexdigest()
+        _put(folder / f"{group}.safetensors", data)
+    try:
+        text = canonical_json({"format": FORMAT, "files": files, "tree": tree, "meta": dict(meta)})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"only tensors and JSON values can be stored: {error}") from error
+    _put(folder / STATE, text)
+    _sync(folder)
+    return hashlib.sha256(text).hexdigest()
+
+
+def _split(value: Any, group: str, path: str, tensors: dict[str, dict[str, Tensor]]) -> Any:
+    """The JSON form of a value; its tensors go to tensors[group][path]."""
+    if isinstance(value, Tensor):
+        tensors.setdefault(group, {})[path or "value"] = value
+        return {"$tensor": path or "value"}
+    join = f"{path}/" if path else ""
+    if isinstance(value, Mapping):
+        items = [[key, _split(item, group, f"{join}{key}", tensors)] for key, item in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        return (
+            dict(items) if plain else {"$items": items}
+        )  # optimizers count their parameters with integer keys
+    if isinstance(value, list | tuple):
+        parts = [_split(item, group, f"{join}{i}", tensors) for i, item in enumerate(value)]
+        return {"$tuple": parts} if isinstance(value, tuple) else parts
+    return value
+
+
+def _restore(
+    tree: Mapping[str, Any], tensors: Mapping[str, dict[str, Tensor]], folder: Path
+) -> dict[str, Any]:
+    try:
+        return {name: _join(value, tensors.get(name, {})) for name, value in tree.items()}
+    except KeyError as error:
+        raise CheckpointError(f"{folder} lacks the tensor {error}; use an older checkpoint") from error
+
+
+def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$items" in value:
+        return {key: _join(item, tensors) for key, item in value["$items"]}
+    if "$tuple" in value:
+        return tuple(_join(item, tensors) for item in value["$tuple"])
+    return {key: _join(item, tensors) for key, item in value.items()}
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(_read(folder, STATE))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE} is not JSON ({error}); use an older checkpoint") from error
+    if not isinstance(info, dict) or not {"format", "files", "tree", "meta"} <= info.keys():
+        raise CheckpointError(
+            f"{folder / STATE} is not a checkpoint's; expected format, files, tree and meta"
+        )
+    if info["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {info['format']}; this version reads {FORMAT}")
+    if any(Path(name).name != name for name in info["files"]):
+        raise CheckpointError(f"{folder / STATE} names files outside its folder; it was altered")
+    return info
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no complete checkpoint: {name}: {error.strerror}") from error
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _put(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,181 @@
+"""The article's DCGAN (dense, then transposed 5x5 convolutions; 5x5 strided convolutions back to one logit), for 28 to 128 px.
+
+At 28 px and one channel these are the networks of the article's Keras code, parameter for parameter. Larger sizes
+continue the pattern from 4x4, as Radford et al. 2015 (https://arxiv.org/abs/1511.06434) do, but the discriminator has
+dropout and no batch norm at any size: that keeps its answer for a picture independent of the rest of the batch.
+Letters: N batch, C channels, H W pixels, Z noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from counterfake.errors import ConfigError
+from counterfake.nets import NetConfig
+
+SIZES = (28, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcganGenerator(NetConfig):
+    """Noise (N, Z) -> pictures (N, C, size, size) in [-1, 1]."""
+
+    size: int = 28  # pixels, one of SIZES
+    channels: int = 1
+    noise_size: int = 100  # Z
+    width: int = 64  # channels before the last layer; doubles towards the noise
+    slope: float = 0.3  # of LeakyReLU; Keras' default, torch's is 0.01
+    bn_eps: float = 1e-3  # Keras' default
+    bn_momentum: float = 0.01  # torch's convention; Keras writes 0.99
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    def build(self) -> Generator:
+        return Generator(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(noise_size=8, width=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcganDiscriminator(NetConfig):
+    """Pictures (N, C, size, size) in [-1, 1] -> logits (N,), higher = more real (the GAN convention)."""
+
+    size: int = 28  # pixels, one of SIZES
+    channels: int = 1
+    width: int = 64  # channels after the first layer; doubles with each
+    slope: float = 0.3
+    dropout: float = 0.3  # after each convolution
+    spectral_norm: bool = False  # Miyato et al. 2018; not in the article
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    def build(self) -> Discriminator:
+        return Discriminator(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(width=2)
+
+
+class Generator(nn.Module):
+    """Dense, batch norm, then transposed convolutions, each but the last with batch norm and LeakyReLU. No biases."""
+
+    def __init__(self, config: DcganGenerator) -> None:
+        super().__init__()
+        self.config = config
+        strides = [1, 2, 2] if config.size == 28 else [2] * _doublings(config.size)
+        widths = [config.width * 2**i for i in reversed(range(len(strides)))]
+        self.shape = (widths[0], _base(config.size), _base(config.size))
+        self.dense = nn.Linear(config.noise_size, math.prod(self.shape), bias=False)
+        self.dense_norm = nn.BatchNorm1d(math.prod(self.shape), config.bn_eps, config.bn_momentum)
+        self.convs = nn.ModuleList(
+            _up(i, o, stride)
+            for i, o, stride in zip(widths, [*widths[1:], config.channels], strides, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w, config.bn_eps, config.bn_momentum) for w in widths[1:])
+        _init_like_keras(self)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """noise (N, Z) -> pictures (N, C, H, W) in [-1, 1]."""
+        x = F.leaky_relu(self.dense_norm(self.dense(noise)), self.config.slope)
+        x = x.view(-1, *self.shape)  # (N, 4 width, 7, 7)
+        for conv, norm in zip(self.convs, self.norms, strict=False):
+            x = F.leaky_relu(norm(conv(x)), self.config.slope)
+        return torch.tanh(self.convs[-1](x))
+
+
+class Discriminator(nn.Module):
+    """Strided convolutions with LeakyReLU and dropout, then one dense logit."""
+
+    def __init__(self, config: DcganDiscriminator) -> None:
+        super().__init__()
+        self.config = config
+        depth = _doublings(config.size)
+        widths = [config.channels, *(config.width * 2**i for i in range(depth))]
+        convs = [nn.Conv2d(widths[i], widths[i + 1], 5, stride=2) for i in range(depth)]
+        self.dense = nn.Linear(widths[-1] * _base(config.size) ** 2, 1)
+        self.convs = nn.ModuleList(convs)
+        self.dropout = Dropout(config.dropout)
+        _init_like_keras(self)
+        if config.spectral_norm:
+            for layer in (*self.convs, self.dense):
+                spectral_norm(layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (N, C, H, W) in [-1, 1] -> logits (N,)."""
+        x = images
+        for conv in self.convs:
+            x = F.pad(x, (1, 2, 1, 2))  # "same" for a 5x5 kernel of stride 2 on an even size
+            x = self.dropout(F.leaky_relu(conv(x), self.config.slope))  # (N, 2 C, H/2, W/2)
+        return self.dense(x.flatten(1)).squeeze(1)
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks on the CPU are 16-bit slices of 64-bit draws: nn.Dropout draws a double per element there.
+
+    The probability is rounded to 1/65536 and the scale follows it, so that the mean is kept exactly."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self._dropped = round(probability * 2**16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self._dropped == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.probability)
+        x = x if _is_dense(x) else x.contiguous()
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
+        keep = (bits >= self._dropped - 2**15).to(x.dtype)
+        return x * keep.mul_(2**16 / (2**16 - self._dropped))
+
+    def extra_repr(self) -> str:
+        return f"probability={self.probability}"
+
+
+# -- private --------------------------------------------------------------------------------------------------------
+
+
+def _check_size(size: int) -> None:
+    if size not in SIZES:
+        raise ConfigError(f"size is {size} px; a DCGAN is built for one of {', '.join(map(str, SIZES))}")
+
+
+def _base(size: int) -> int:
+    """Side of the smallest feature map."""
+    return 7 if size == 28 else 4
+
+
+def _doublings(size: int) -> int:
+    return int(math.log2(size // _base(size)))
+
+
+def _up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:
+    # Keras pads (1, 2) where this pads (2, 1): the same function of a kernel shifted by one pixel
+    return nn.ConvTranspose2d(inputs, outputs, 5, stride, padding=2, output_padding=stride - 1, bias=False)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _init_like_keras(module: nn.Module) -> None:
+    """Glorot uniform kernels, zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,114 @@
+"""Checkpoints: what goes in comes out, what was altered is refused, half a folder is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from counterfake import checkpoint
+from counterfake.errors import CheckpointError
+
+
+@pytest.fixture
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.5, 0.9))
+    net(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    images = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    return {
+        "net": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "mixed": {"list": [torch.ones(2, dtype=torch.bfloat16), 1.5, None], "images": images, "$odd": True},
+        "steps": 7,
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def test_a_nested_state_comes_back_as_it_was(tmp_path: Path, state: dict[str, Any]) -> None:
+    checkpoint.save(tmp_path / "c", state, {"step": 7, "note": "x"})
+    found, meta = checkpoint.load(tmp_path / "c")
+    assert same(found, state)
+    assert meta == {"step": 7, "note": "x"} == checkpoint.read_meta(tmp_path / "c")
+
+
+def test_only_safetensors_and_json_are_written(tmp_path: Path, state: dict[str, Any]) -> None:
+    checkpoint.save(tmp_path / "c", state, {})
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    assert names == {"state.json", "net.safetensors", "optimizer.safetensors", "mixed.safetensors"}
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]  # nothing temporary is left
+
+
+def test_the_digest_names_the_content(tmp_path: Path, state: dict[str, Any]) -> None:
+    first = checkpoint.save(tmp_path / "a", state, {})
+    assert first == checkpoint.save(tmp_path / "b", state, {}) == checkpoint.digest(tmp_path / "a")
+    state["net"]["bias"][0] += 1e-6
+    assert checkpoint.save(tmp_path / "c", state, {}) != first
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "optimizer.safetensors"])
+def test_any_altered_byte_is_found(tmp_path: Path, state: dict[str, Any], name: str) -> None:
+    checkpoint.save(tmp_path / "c", state, {})
+    path = tmp_path / "c" / name
+    data = bytearray(path.read_bytes())
+    for position in range(0, len(data), 37):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=f"{name} was altered"):
+            checkpoint.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("lost", ["state.json", "net.safetensors"])
+def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path, state: dict[str, Any], lost: str) -> None:
+    checkpoint.save(tmp_path / "c", state, {})
+    (tmp_path / "c" / lost).unlink()
+    with pytest.raises(CheckpointError, match=f"no complete checkpoint: {lost}"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, state: dict[str, Any]) -> None:
+    checkpoint.save(tmp_path / "c", state, {})
+    path = tmp_path / "c" / "state.json"
+    info = json.loads(path.read_text())
+    info["files"]["../../secret.safetensors"] = "0" * 64
+    path.write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path: Path, state: dict[str, Any]) -> None:
+    checkpoint.save(tmp_path / "c", state, {})
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        checkpoint.save(tmp_path / "c", state, {})
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="only tensors and JSON"):
+        checkpoint.save(tmp_path / "c", {"net": {"w": torch.ones(1), "f": print}}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_digest_sees_every_bit_and_no_layout() -> None:
+    weight = torch.randn(4, 3, 5, 5)
+    first = checkpoint.weights_digest({"g": {"w": weight}})
+    assert first == checkpoint.weights_digest(
+        {"g": {"w": weight.to(memory_format=torch.channels_last)}, "steps": 3}
+    )
+    assert first != checkpoint.weights_digest({"g": {"w": weight.nextafter(torch.tensor(9.0))}})
+    assert first != checkpoint.weights_digest({"g": {"v": weight}})

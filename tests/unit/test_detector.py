@@ -1,0 +1,227 @@
+"""Detector learning: the augmentation against libjpeg and OpenCV, schedules, freezing, balance, and updates that learn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from counterfake import dist, images
+from counterfake.config import override
+from counterfake.data import Batch
+from counterfake.errors import ConfigError, DataError
+from counterfake.learners import LearnerContext
+from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jpeg
+from counterfake.learners.detector import DetectorConfig, DetectorLearner, _loss, schedule
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.records import write_version
+from counterfake.sources.synthetic import SyntheticSource
+from counterfake.workspace import Workspace
+from jobs import train_detector
+
+CPU = torch.device("cpu")
+
+
+# -- augmentation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """(64, 72, 3) uint8 with edges, slopes and grain."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:64, 0:72]
+    picture = np.stack([x * 3, y * 3, (x + y)], -1).astype(float)
+    picture[20:40, 30:50] += 60
+    return np.clip(picture + rng.normal(0, 6, picture.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("quality", [50, 75, 90])
+def test_grey_jpeg_is_libjpegs_up_to_rounding(photo: np.ndarray, quality: int) -> None:
+    grey = photo[:, :, :1]
+    data = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    want = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)[:, :, None].astype(float)
+    got = jpeg(_tensor(grey), torch.tensor([float(quality)]))
+    error = np.abs(_pixels(got) - want)
+    assert (error > 2).mean() < 0.05  # a coefficient within the integer DCT's error of a rounding threshold
+    assert error.mean() < 0.4
+
+
+def test_colour_jpeg_loses_more_at_lower_quality(photo: np.ndarray) -> None:
+    batch = _tensor(photo).repeat(3, 1, 1, 1)
+    errors = (jpeg(batch, torch.tensor([30.0, 60.0, 95.0])) - batch).abs().mean(dim=(1, 2, 3)).tolist()
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_blur_is_opencvs_gaussian_with_a_sigma_per_picture(photo: np.ndarray) -> None:
+    sigmas = [0.7, 1.3]
+    got = blur(_tensor(photo).repeat(2, 1, 1, 1), torch.tensor(sigmas))
+    for row, sigma in enumerate(sigmas):
+        want = cv2.GaussianBlur(photo.astype(np.float32), (9, 9), sigma, borderType=cv2.BORDER_REFLECT_101)
+        assert np.abs(_pixels(got[row : row + 1]) - want).max() < 0.01
+
+
+def test_augmentation_off_changes_nothing_and_on_repeats_with_the_seed(photo: np.ndarray) -> None:
+    batch = _tensor(photo).repeat(8, 1, 1, 1)
+    torch.testing.assert_close(augment(batch, AugmentationConfig.off()), batch)
+    torch.manual_seed(4)
+    first = augment(batch, AugmentationConfig())
+    torch.manual_seed(4)
+    assert torch.equal(first, augment(batch, AugmentationConfig()))
+    assert len({float(row.mean()) for row in first}) == 8
+    assert first.abs().max() <= 1
+
+
+def test_a_flip_alone_is_the_mirror_image(photo: np.ndarray) -> None:
+    only_flip = override(AugmentationConfig.off(), {"flip": 1.0})
+    torch.testing.assert_close(augment(_tensor(photo), only_flip), _tensor(photo).flip(3))
+
+
+# -- learning -------------------------------------------------------------------------------------------------------
+
+
+def make_learner(**changes: object) -> DetectorLearner:
+    config = DetectorConfig(
+        net=replace(MobileNetV2Config.tiny(), stem_stride=1), lr=5e-3, augmentation=AugmentationConfig.off()
+    )
+    torch.manual_seed(0)
+    context = LearnerContext(batch_size=16, images_per_epoch=4000, total_images=960, size=32)
+    return override(config, changes).build(device=CPU, context=context)
+
+
+def make_batch(step: int = 0, fakes: int = 8) -> Batch:
+    """Noise; the fakes are a little redder."""
+    rng = np.random.default_rng(step)
+    fake = torch.from_numpy(rng.permutation(np.arange(16) < fakes).astype(np.int64))
+    red = np.array([30.0, 0, 0])[:, None, None]
+    pixels = 90 + rng.normal(0, 20, (16, 3, 32, 32)) + fake.numpy()[:, None, None, None] * red
+    unknown = torch.full((16,), -1)
+    return Batch(
+        images=torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), fake=fake, class_id=unknown, identity=unknown,
+        maker=unknown, ids=[f"{i:064x}" for i in range(16)], step=step, epoch=0,
+    )  # fmt: skip
+
+
+def run(learner: DetectorLearner, first: int, last: int) -> list[dict[str, float]]:
+    metrics = []
+    for step in range(first, last):
+        dist.seed_step(0, step)
+        metrics.append({name: float(value) for name, value in learner.step(make_batch(step)).items()})
+    return metrics
+
+
+def test_the_detector_learns_and_validation_keeps_the_best_weights() -> None:
+    learner = make_learner()
+    metrics = run(learner, 0, 60)
+    assert np.mean([m["loss"] for m in metrics[-5:]]) < 0.5 * metrics[0]["loss"]
+    held_out = [make_batch(1000), make_batch(1001)]
+    good = learner.validate(held_out)
+    assert good["auc"] > 0.95
+    assert good["images"] == 32
+    best = {name: value.clone() for name, value in learner.net.state_dict().items()}
+    with torch.no_grad():
+        learner.net.head[-1].weight.neg_()  # a collapse
+    assert learner.validate(held_out)["best_auc"] == good["auc"]
+    exported = learner.export()["detector"][1]
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+
+
+def test_resuming_equals_not_stopping_bit_for_bit() -> None:
+    settings = {"ema_halflife_images": 64.0, "augmentation.flip": 0.5, "augmentation.contrast": 0.2}
+    whole = make_learner(**settings)
+    run(whole, 0, 6)
+    first, second = make_learner(**settings), make_learner(**settings)
+    run(first, 0, 3)
+    second.load_state_dict(first.state_dict())
+    run(second, 3, 6)
+    for a, b in ((whole.net, second.net), (whole.average, second.average)):
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        )
+
+
+def test_frozen_features_keep_weights_and_statistics_while_the_head_learns() -> None:
+    learner = make_learner(freeze_images=32)
+    features = {n: v.clone() for n, v in learner.net.features.state_dict().items()}
+    head = [p.clone() for p in learner.net.head.parameters()]
+    run(learner, 0, 2)
+    assert all(torch.equal(v, features[n]) for n, v in learner.net.features.state_dict().items())
+    assert any(not torch.equal(a, b) for a, b in zip(head, learner.net.head.parameters(), strict=True))
+    run(learner, 2, 3)
+    assert any(not torch.equal(v, features[n]) for n, v in learner.net.features.state_dict().items())
+
+
+def test_features_learn_at_their_own_rate_and_norms_do_not_decay() -> None:
+    learner = make_learner(features_lr_factor=0.1)
+    rates = {(g["part"], g["weight_decay"] > 0): g["peak_lr"] for g in learner.optimizer.param_groups}
+    assert rates[("features", True)] == pytest.approx(5e-4)
+    assert rates[("head", False)] == pytest.approx(5e-3)
+    grouped = sum(len(g["params"]) for g in learner.optimizer.param_groups)
+    assert grouped == len(list(learner.net.parameters()))
+
+
+def test_the_schedule_counts_images_up_then_down() -> None:
+    config = DetectorConfig(warmup_images=100, final_lr_factor=0.1)
+    factors = [schedule(seen, 1100, config) for seen in (0, 49, 100, 600, 1100, 5000)]
+    assert factors == pytest.approx([0.01, 0.5, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_balance_weighs_both_classes_alike_and_unknown_labels_not_at_all() -> None:
+    fake = torch.tensor([1.0] + [0.0] * 9)
+    logits = torch.zeros(10, requires_grad=True)
+    _loss(logits, fake, 0.0, True).backward()
+    positive, negative = float(-logits.grad[0]), float(logits.grad[1:].sum())
+    assert positive / negative == pytest.approx((1 / 2) / (9 / 10))
+    plain = _loss(torch.zeros(3), torch.tensor([1.0, 0.0, -1.0]), 0.0, False)
+    assert float(plain) == pytest.approx(math.log(2))
+    confident = _loss(torch.tensor([9.0, -9.0, 50.0]), torch.tensor([1.0, 0.0, -1.0]), 0.0, True)
+    assert float(confident) < 0.001
+
+
+def test_one_class_only_is_refused_in_one_line() -> None:
+    learner = make_learner()
+    with pytest.raises(DataError, match="hold 512 real and 0 fake"):
+        for step in range(40):
+            learner.step(make_batch(step, fakes=0))
+    with pytest.raises(DataError, match="fake"):
+        make_learner().validate([make_batch(0, fakes=0)])
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        DetectorConfig(label_smoothing=1.0)
+    context = LearnerContext(batch_size=16, images_per_epoch=100, total_images=100, size=32, channels=1)
+    with pytest.raises(ConfigError, match="reads RGB"):
+        DetectorConfig(net=MobileNetV2Config.tiny()).build(device=CPU, context=context)
+
+
+def test_the_preview_shows_each_picture_with_its_probability() -> None:
+    picture = make_learner().preview(make_batch())["predictions"]
+    assert picture.ndim == 3
+    assert picture.shape[2] == 3
+
+
+def test_the_export_needs_no_weights_file() -> None:
+    config, weights = make_learner().export()["detector"]
+    assert config.weights is None
+    config.build().load_state_dict(weights)
+
+
+def test_the_job_says_which_split_lacks_a_class(workspace: Workspace) -> None:
+    source = SyntheticSource(identities=8, per_identity=1, size=24)
+    facts = {source.label: {"licence": source.licence, "consent": source.consent}}
+    write_version(workspace.dataset("faces"), source.samples(), sources=facts)
+    job = override(train_detector.mobilenetv2_demo(), {"data.uri": "faces", "validation.uri": "faces"})
+    with pytest.raises(DataError, match="faces split train has 5 real and 0 fake"):
+        train_detector.run(job, workspace)
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    return images.to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+
+
+def _pixels(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor[0].permute(1, 2, 0).numpy() + 1) * 127.5
