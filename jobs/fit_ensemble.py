@@ -1,0 +1,261 @@
+"""Stack and calibrate detectors into one model with an error rate, judge it, and make it champion if it passes the gate.
+
+    counterfake run fit_ensemble ensemble --set members=[mobilenetv2-ciplab,benford] --set data.uri=ciplab
+    counterfake run fit_ensemble demo                                                       2 cores: seconds
+
+Temperatures, stacking weights and conformal quantiles come from data.split=calibration, which neither training nor the
+test used (its two halves do not share an identity or a video). The figures come from `test`, the single members' and
+the gain over the best of them beside them. Leaves `runs/evaluations/<name>-<digest>/report.html`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from counterfake import bundle, config, predictor, scoring
+from counterfake.data import DataConfig
+from counterfake.ensemble import Ensemble
+from counterfake.errors import ConfigError
+from counterfake.evaluation import detection, report
+from counterfake.evaluation.card import percent
+from counterfake.evaluation.report import Json, Section, Table, Text
+from counterfake.gate import Gate
+from counterfake.predictor import Predictor
+from counterfake.registry import Registry
+from counterfake.scoring import Scored
+from counterfake.tracking import Tracker
+from counterfake.workspace import Workspace
+from jobs.console import Console
+from jobs.evaluate import figures_section, headline, publish, resolve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleJob:
+    """Members, the split that calibrates them, the split that judges them, and the gate."""
+
+    name: str = "ensemble"
+    members: tuple[str, ...] = ()  # "name@alias", "name/3", "name", or bundle folders
+    data: DataConfig = dataclasses.field(
+        default_factory=lambda: DataConfig(split="calibration")
+    )  # uri, split, where count
+    test: DataConfig = dataclasses.field(
+        default_factory=lambda: DataConfig(split="test")
+    )  # that the figures come from; its uri "" = that of data
+    alpha: float = 0.05  # error rate of each of the two accusations; needs 1/alpha - 1 rows per class in half of data.split
+    threshold: float = 0.5  # for figures that need a yes or no
+    bootstraps: int = 1000  # resamples of each interval
+    seed: int = 0  # of the resamples
+    attributes: tuple[str, ...] = ("difficulty",)  # of the samples, as groups beside maker and source
+    limit: int = 0  # pictures of each split; 0 = all
+    register_as: str = "ensemble"  # name in the registry; "" = not registered, not promoted
+    promote: str = "champion"  # alias to move to it when the gate passes; "" = none
+    gate: Gate = dataclasses.field(default_factory=lambda: Gate(min_auc=0.75, min_recall_real=0.7))
+
+    def __post_init__(self) -> None:
+        same = self.test.uri in ("", self.data.uri) and self.test.split == self.data.split
+        if same and self.test.where == self.data.where:
+            raise ConfigError(
+                f"data and test are both split {self.data.split!r}; calibrate and judge on different splits"
+            )
+
+
+def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
+    """Score both splits, fit, judge, write, register, promote. GateError leaves the model registered, not promoted."""
+    console = console or Console(quiet=True)
+    members = _members(job, workspace)
+    with Tracker.at(workspace).start("ensemble", job.name, params=config.to_dict(job)) as log:
+        held = _score(job, members, job.data, workspace, console)
+        names = list(members)
+        fitted = Ensemble.fit(
+            names,
+            held.matrix(names),
+            held.fake,
+            alpha=job.alpha,
+            clusters=held.clusters,
+            threshold=job.threshold,
+        )
+        rows = _score(job, members, job.test, workspace, console)
+        evaluation = _judge(job, fitted, rows)
+        folder = _write(job, workspace, fitted, members, held, evaluation, log.id)
+        made = bundle.read(folder)
+        plots = report.detection_plots(rows.fake, fitted.probability(rows.matrix(names)), evaluation)
+        target = workspace.home / "evaluations" / f"{job.name}-{made.digest[:8]}"
+        publish(log, target, evaluation, plots, _page(job, fitted, evaluation, plots), "test")
+        log.dataset(held.uri.partition("@")[0], held.version.number, held.version.digest, "calibration")
+        log.json("ensemble.json", fitted.to_dict())
+        registered = _register(job, workspace, folder, log.id)
+    console.event(f"AUC {percent(evaluation['auc'])}, best member {evaluation['best_member']['name']}")
+    promoted = _promote(job, workspace, registered, console)
+    return {
+        "run_id": log.id, "bundle": str(folder), "digest": made.digest, "registered": registered, "promoted": promoted,
+        "report": str(target / "report.html"), "dataset": held.uri, "members": {n: m.bundle.digest for n, m in members.items()},
+        "ensemble": {k: v for k, v in fitted.to_dict().items() if k != "subsets"}, "evaluation": evaluation,
+    }  # fmt: skip
+
+
+def ensemble() -> EnsembleJob:
+    """The served model: MobileNetV2 and Benford, alpha 5 %."""
+    return EnsembleJob(
+        members=("mobilenetv2-ciplab", "benford"), data=DataConfig(uri="ciplab", split="calibration")
+    )
+
+
+def demo() -> EnsembleJob:
+    """The demo's two detectors on the demo's faces; alpha 10 %, because the split is small."""
+    return EnsembleJob(
+        members=("mobilenetv2-faces", "benford-faces"), data=DataConfig(uri="faces-demo", split="calibration"), alpha=0.1,
+        bootstraps=400,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], EnsembleJob]] = {"ensemble": ensemble, "demo": demo}
+
+
+# -- private --------------------------------------------------------------------------------------------------------
+
+
+def _members(job: EnsembleJob, workspace: Workspace) -> dict[str, Predictor]:
+    """Loaded members by the name they will have in the ensemble: that of their bundle, numbered where two are alike."""
+    if len(job.members) < 2:
+        raise ConfigError(
+            "an ensemble needs at least two members, like --set members=[mobilenetv2-faces,benford-faces]"
+        )
+    loaded: dict[str, Predictor] = {}
+    for reference in job.members:
+        member = predictor.load(resolve(reference, workspace))
+        if member.bundle.kind == "ensemble":
+            raise ConfigError(f"{reference} is an ensemble itself; name its members instead")
+        alike = sum(name.partition(".")[0] == member.name for name in loaded)
+        loaded[f"{member.name}.{alike + 1}" if alike else member.name] = member
+    return loaded
+
+
+def _score(
+    job: EnsembleJob,
+    members: Mapping[str, Predictor],
+    data: DataConfig,
+    workspace: Workspace,
+    console: Console,
+) -> Scored:
+    uri = data.uri or job.data.uri
+    data = dataclasses.replace(data, uri=workspace.dataset(uri) if uri else "")
+    with console.progress(f"scoring {data.split}", job.limit or None) as advance:
+        scored = scoring.score(
+            members, data, attributes=job.attributes, limit=job.limit, cache=workspace.cache, progress=advance
+        )
+    console.event(f"{data.split}: {len(scored.ids)} pictures, {scored.images_per_second:.0f} a second")
+    return scored.answered()
+
+
+def _judge(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
+    """The ensemble's figures, every member's, the gain over the best member, and what the verdicts did."""
+    settings: dict[str, Any] = {"threshold": job.threshold, "bootstraps": job.bootstraps, "seed": job.seed}
+    probability = fitted.probability(rows.matrix(list(fitted.members)))
+    plain = {k: settings[k] for k in ("bootstraps", "seed")}
+    members = {
+        name: detection.evaluate(rows.fake, rows.probabilities[name], clusters=rows.clusters, **settings)
+        for name in fitted.members
+    }
+    best = max(members, key=lambda name: float(members[name]["auc"]["value"]))
+    gain = detection.paired_difference(
+        rows.fake, probability, rows.probabilities[best], clusters=rows.clusters, **plain
+    )
+    return {
+        **rows.evaluate(probability, **settings),
+        "split": job.test.split,
+        "members": {
+            name: {k: v for k, v in found.items() if k not in ("groups", "worst_group")}
+            for name, found in members.items()
+        },
+        "best_member": {"name": best, "auc": members[best]["auc"], "ensemble_minus_best_auc": gain},
+        "verdicts": verdict_table(fitted, probability, rows.fake),
+        "alpha": job.alpha,
+    }
+
+
+def verdict_table(
+    fitted: Ensemble, probability: NDArray[np.float64], fake: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Per class the share of each verdict, and the share whose true label the set lost (promised: at most alpha)."""
+    words = np.array([fitted.verdict(float(p)) for p in probability])
+    table: dict[str, Any] = {}
+    for label, name in ((0, "real"), (1, "fake")):
+        inside = words[fake == label]
+        shares = {
+            word: float(np.mean(inside == word)) for word in ("real", "fake", "uncertain", "out_of_domain")
+        }
+        table[name] = {**shares, "n": len(inside), "lost": 1 - shares[name] - shares["uncertain"]}
+    return table
+
+
+def _write(
+    job: EnsembleJob, workspace: Workspace, fitted: Ensemble, members: Mapping[str, Predictor], held: Scored,
+    evaluation: Mapping[str, Any], run_id: str,
+) -> Path:  # fmt: skip
+    dataset = {
+        "uri": held.uri.partition("@")[0],
+        "version": held.version.number,
+        "digest": held.version.digest,
+    }
+    folder = workspace.home / "models" / f"{job.name}-{fitted.calibration_id[:8]}"
+    bundle.write(
+        folder, kind="ensemble", name=job.name, config={"ensemble": fitted.to_dict()}, tensors={}, preprocess=None,
+        provenance={
+            "dataset": dataset, "sources": held.version.sources, "run_id": run_id, "commit": bundle.source_commit(),
+            "job": config.to_dict(job),
+        },
+        evaluation=evaluation, members={name: member.bundle.folder for name, member in members.items()},
+    )  # fmt: skip
+    return folder
+
+
+def _register(job: EnsembleJob, workspace: Workspace, folder: Path, run_id: str) -> str:
+    if not job.register_as:
+        return ""
+    return Registry.at(workspace).register(folder, job.register_as, run_id=run_id).reference
+
+
+def _promote(job: EnsembleJob, workspace: Workspace, registered: str, console: Console) -> str:
+    if not registered or not job.promote:
+        return ""
+    name, _, number = registered.rpartition("/")
+    Registry.at(workspace).promote(name, int(number), job.promote, gate=job.gate)
+    console.event(f"{registered} passed the gate and is {name}@{job.promote}")
+    return f"{name}@{job.promote}"
+
+
+def _page(job: EnsembleJob, fitted: Ensemble, evaluation: dict[str, Any], plots: Mapping[str, bytes]) -> str:
+    rows: list[list[Any]] = [
+        [name, t, w, evaluation["members"][name]["auc"]["value"], evaluation["members"][name]["ece"]["value"]]
+        for name, t, w in zip(fitted.members, fitted.temperatures, fitted.weights, strict=True)
+    ]
+    rows.append(["ensemble", None, None, evaluation["auc"]["value"], evaluation["ece"]["value"]])
+    gain = evaluation["best_member"]["ensemble_minus_best_auc"]
+    text = (
+        f"{len(fitted.members)} members, calibrated on {fitted.n['real']} real and {fitted.n['fake']} fake pictures.\n\n"
+        f"AUC of the ensemble minus that of `{evaluation['best_member']['name']}`: {percent(gain)}."
+    )
+    verdicts = [[name, *(row[k] for k in ("n", "real", "fake", "uncertain", "out_of_domain", "lost"))]
+                for name, row in evaluation["verdicts"].items()]  # fmt: skip
+    caption = f"Shares of each class; lost = the true label was excluded, promised at most {job.alpha:.0%}"
+    head = ["truth", "n", "called real", "called fake", "uncertain", "out of domain", "lost"]
+    sections = [
+        Section(
+            "What was fitted",
+            [
+                Text(text),
+                headline(evaluation),
+                Table(["member", "temperature", "weight", "AUC", "ECE"], rows),
+            ],
+        ),
+        Section("Verdicts", [Table(head, verdicts, caption)]),
+        figures_section(evaluation, plots),
+        Section("Everything", [Json("evaluation.json", evaluation), Json("ensemble", fitted.to_dict())]),
+    ]
+    return report.html(f"Ensemble {job.name}", sections, subtitle=f"{evaluation['n']:,} held-out pictures")

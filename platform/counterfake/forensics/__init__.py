@@ -1,0 +1,1 @@
+"""Detectors that are not trained by gradient."""

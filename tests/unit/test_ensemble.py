@@ -1,0 +1,203 @@
+"""Stacking and conformal verdicts: closed forms, coverage on made data, agreement with scikit-learn and MAPIE."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from counterfake import ensemble
+from counterfake.ensemble import Ensemble
+from counterfake.errors import ConfigError, DataError
+
+
+def made(n: int, seed: int, strength: tuple[float, ...] = (1.5, 1.0)) -> tuple[np.ndarray, np.ndarray]:
+    """Members (n, M) whose logits are Gaussian around +-strength, each badly scaled; labels (n,)."""
+    rng = np.random.default_rng(seed)
+    fake = rng.integers(0, 2, n)
+    logits = rng.normal(size=(n, len(strength))) * 2 + np.outer(2 * fake - 1, strength)
+    return 1 / (1 + np.exp(-2.5 * logits)), fake
+
+
+def fitted(n: int = 600, seed: int = 0, **settings: object) -> Ensemble:
+    p, fake = made(n, seed)
+    return Ensemble.fit(["net", "forest"], p, fake, **settings)  # type: ignore[arg-type]
+
+
+def test_temperature_has_its_closed_form() -> None:
+    """Logits +-z, right in a share s of the rows: sigmoid(z / T) = s, so T = z / logit(s)."""
+    logits, fake = np.full(100, 4.0), np.r_[np.ones(80), np.zeros(20)]
+    assert ensemble.temperature(logits, fake) == pytest.approx(4 / np.log(4), rel=1e-9)
+
+
+def test_temperature_undoes_a_scale() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=20_000) * 2
+    fake = (rng.random(20_000) < 1 / (1 + np.exp(-logits))).astype(float)
+    assert ensemble.temperature(3 * logits, fake) == pytest.approx(3, rel=0.05)
+
+
+def test_stacking_agrees_with_scikit_learn() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    p, fake = made(500, 1)
+    x = np.log(p / (1 - p)) / 3
+    reference = LogisticRegression(C=1e9, tol=1e-10, max_iter=10_000).fit(x, fake)
+    many = np.tile(x, (2000, 1))
+    weights, bias = ensemble._logistic(
+        many, np.tile(fake, 2000).astype(float)
+    )  # a million rows drown the pull
+    np.testing.assert_allclose(weights, reference.coef_[0], atol=1e-3)
+    assert bias == pytest.approx(reference.intercept_[0], abs=1e-3)
+
+
+def test_separable_members_give_finite_weights() -> None:
+    fake = np.arange(200) % 2
+    fit = Ensemble.fit(["a", "b"], np.column_stack([fake, 1.0 * fake]), fake)
+    assert np.isfinite(fit.weights).all()
+    assert [fit.verdict(q) for q in fit.probability([[0, 0], [1, 1]])] == ["real", "fake"]
+
+
+def test_conformal_quantile_is_the_order_statistic() -> None:
+    p = np.r_[np.linspace(0, 0.19, 20), np.full(39, 0.9)]
+    quantiles, n = ensemble._conformal(p, np.r_[np.zeros(20), np.ones(39)], 0.05)
+    assert quantiles["real"] == pytest.approx(0.19)  # ceil(21 * .95) = 20th of 20
+    assert n == {"real": 20, "fake": 39}
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "word"),
+    [((0.6, 0.6), "uncertain"), ((0.6, 0.4), "real"), ((0.4, 0.6), "fake"), ((0.4, 0.4), "out_of_domain")],
+)
+def test_every_set_of_labels_has_its_word(quantiles: tuple[float, float], word: str) -> None:
+    fit = Ensemble(
+        members=("a",), temperatures=(1,), weights=(1,), bias=0, alpha=0.05, n={"real": 99, "fake": 99},
+        quantiles={"real": quantiles[0], "fake": quantiles[1]},
+    )  # fmt: skip
+    assert fit.verdict(0.5) == word
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_each_class_errs_about_alpha_over_many_splits(alpha: float) -> None:
+    """Mean over splits: at most alpha of the reals lose the label real, at most alpha of the fakes the label fake."""
+    misses: dict[str, list[float]] = {"real": [], "fake": []}
+    for seed in range(100):
+        fit = fitted(400, seed, alpha=alpha)
+        p, fake = made(400, 10_000 + seed)
+        q = fit.probability(p)
+        misses["real"].append(np.mean(q[fake == 0] > fit.quantiles["real"]))
+        misses["fake"].append(np.mean(1 - q[fake == 1] > fit.quantiles["fake"]))
+    for label, shares in misses.items():
+        error = np.std(shares) / np.sqrt(len(shares))
+        assert alpha - 0.012 - 2 * error < np.mean(shares) < alpha + 2 * error, (
+            label
+        )  # 1/(n+1) below alpha at most
+
+
+def test_the_set_is_that_of_mapie_when_classes_are_alike() -> None:
+    """MAPIE has the marginal form only: on scores that are symmetric in the classes, both forms have one quantile."""
+    classification = pytest.importorskip("mapie.classification")
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
+    class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+        classes_ = np.array([0, 1])
+
+        def fit(self, x: object, y: object) -> Given:
+            return self
+
+        def predict_proba(self, x: np.ndarray) -> np.ndarray:
+            return np.column_stack([1 - x[:, 0], x[:, 0]])
+
+        def predict(self, x: np.ndarray) -> np.ndarray:
+            return (x[:, 0] > 0.5).astype(int)
+
+        def __sklearn_is_fitted__(self) -> bool:
+            return True
+
+    p, fake = made(2000, 4, (1.0,))
+    both = np.r_[p[:, 0], 1 - p[:, 0]]
+    labels = np.r_[fake, 1 - fake]
+    quantiles, _ = ensemble._conformal(both, labels.astype(float), 0.1)
+    mapie = classification.SplitConformalClassifier(
+        Given(), confidence_level=0.9, conformity_score="lac", prefit=True
+    )
+    mapie.conformalize(both[:, None], labels)
+    test = np.linspace(0.001, 0.999, 999)
+    _, sets = mapie.predict_set(test[:, None])
+    ours = np.column_stack([test <= quantiles["real"], 1 - test <= quantiles["fake"]])
+    assert np.mean(ours == sets[:, :, 0]) > 0.995  # the quantiles differ by one order statistic of 4,000
+
+
+def test_halves_share_no_cluster_and_hold_both_classes() -> None:
+    rng = np.random.default_rng(0)
+    fake = rng.integers(0, 2, 300).astype(float)
+    clusters = [f"id{i}" for i in rng.integers(0, 40, 300)]
+    first, second = ensemble._halves(fake, clusters)
+    assert (first ^ second).all()
+    assert not set(np.array(clusters)[first]) & set(np.array(clusters)[second])
+    for half in (first, second):
+        assert 0.3 < half.mean() < 0.7
+        assert 0 < fake[half].mean() < 1
+
+
+def test_the_split_depends_on_names_not_on_order() -> None:
+    p, fake = made(400, 0)
+    names = [f"p{i}" for i in range(400)]
+    order = np.random.default_rng(1).permutation(400)
+    one = Ensemble.fit(["a", "b"], p, fake, clusters=names)
+    two = Ensemble.fit(["a", "b"], p[order], fake[order], clusters=[names[i] for i in order])
+    np.testing.assert_allclose(one.weights, two.weights, rtol=1e-8)
+    assert one.quantiles == pytest.approx(two.quantiles)
+
+
+def test_it_survives_json_and_gives_the_same_answers() -> None:
+    fit = fitted()
+    again = Ensemble.from_dict(json.loads(json.dumps(fit.to_dict())))
+    assert again == fit
+    p, _ = made(50, 9)
+    np.testing.assert_array_equal(again.probability(p), fit.probability(p))
+
+
+def test_one_row_gets_the_same_probability_alone_and_in_company() -> None:
+    fit, (p, _) = fitted(), made(64, 5)
+    alone = np.concatenate([fit.probability(row[None]) for row in p])
+    np.testing.assert_array_equal(alone, fit.probability(p))
+
+
+def test_missing_members_have_their_own_fit() -> None:
+    p, fake = made(600, 2, (1.5, 1.0, 0.5, 0.2))
+    fit = Ensemble.fit(["a", "b", "c", "d"], p, fake)
+    assert len(fit.subsets) == 4 + 6
+    assert fit.only(["c", "a", "b", "d"]) is fit
+    assert fit.only(["d", "b"]).members == ("b", "d")
+    with pytest.raises(DataError, match="at most 2 of 4"):
+        fit.only(["a"])
+
+
+def test_one_member_is_calibrated_alone() -> None:
+    p, fake = made(300, 0, (1.5,))
+    fit = Ensemble.fit(["only"], p, fake)
+    assert fit.subsets == ()
+    assert fit.only(["only"]) is fit
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "error", "message"),
+    [(60, 0.01, DataError, "at least 99 (real|fake) rows"), (60, 0.7, ConfigError, "between 0 and 0.5")],
+)
+def test_too_few_rows_are_refused_with_the_number_needed(
+    n: int, alpha: float, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fitted(n, alpha=alpha)
+
+
+def test_one_class_or_wrong_shapes_are_refused() -> None:
+    p, _ = made(100, 0)
+    with pytest.raises(DataError, match="real and fake"):
+        Ensemble.fit(["a", "b"], p, np.ones(100))
+    with pytest.raises(DataError, match="need"):
+        Ensemble.fit(["a"], p, np.arange(100) % 2)
+    with pytest.raises(DataError, match="takes"):
+        fitted().probability([[0.1]])

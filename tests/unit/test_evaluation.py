@@ -1,0 +1,162 @@
+"""Figures of a detector against scikit-learn and closed forms."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from counterfake.errors import DataError
+from counterfake.evaluation import detection
+
+
+def scores(n: int = 400, seed: int = 0, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and overlapping probabilities; rounded, so that ties are many."""
+    rng = np.random.default_rng(seed)
+    fake = rng.integers(0, 2, n)
+    logits = rng.normal(size=n) + 1.5 * fake - 0.75
+    return fake, np.round(1 / (1 + np.exp(-logits)), digits)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("digits", [1, 2, 15], ids=["many-ties", "ties", "no-ties"])
+def test_values_agree_with_scikit_learn(seed: int, digits: int) -> None:
+    fake, p = scores(seed=seed, digits=digits)
+    found = {
+        k: v["value"] for k, v in detection.evaluate(fake, p, bootstraps=3).items() if k in detection.METRICS
+    }
+    called = p >= 0.5
+    fpr, tpr, _ = reference.roc_curve(fake, p, drop_intermediate=False)
+    expected = {
+        "auc": reference.roc_auc_score(fake, p),
+        "average_precision": reference.average_precision_score(fake, p),
+        "accuracy": reference.accuracy_score(fake, called),
+        "recall_fake": reference.recall_score(fake, called),
+        "recall_real": reference.recall_score(fake, called, pos_label=0),
+        "brier": reference.brier_score_loss(fake, p),
+        "tpr_at_fpr_1pct": tpr[fpr <= 0.01].max(),
+        "eer": np.interp(0, fpr - (1 - tpr), fpr),
+        "ece": sum(
+            abs(fake[b].mean() - p[b].mean()) * b.mean()
+            for i in range(15)
+            if (b := np.minimum((p * 15).astype(int), 14) == i).any()
+        ),
+    }
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_roc_is_that_of_scikit_learn() -> None:
+    fake, p = scores()
+    for ours, theirs in zip(
+        detection.roc(fake, p), reference.roc_curve(fake, p, drop_intermediate=False), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_a_perfect_detector_has_its_closed_form_figures() -> None:
+    result = detection.evaluate([0, 0, 1, 1], [0.0, 0.0, 1.0, 1.0], bootstraps=50)
+    for name in ("auc", "average_precision", "accuracy", "recall_real", "recall_fake", "tpr_at_fpr_1pct"):
+        assert result[name] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert result["eer"]["value"] == result["ece"]["value"] == result["brier"]["value"] == 0
+
+
+def test_a_constant_score_is_chance() -> None:
+    result = detection.evaluate([0, 1, 1, 0, 1], [0.5] * 5, bootstraps=10)
+    assert result["auc"]["value"] == 0.5
+    assert result["eer"]["value"] == 0.5
+    assert result["average_precision"]["value"] == pytest.approx(0.6)
+    assert result["majority"] == 0.6
+
+
+def test_weighted_resamples_equal_repeated_rows() -> None:
+    """A resample through weights is the metric of the rows written out as often as they were drawn."""
+    fake, p = scores(60, seed=3, digits=1)
+    drawn = detection._Resamples(None, 60, 20, 0)
+    rows = np.arange(60)
+    found = detection._all(fake.astype(float), p, rows, detection.METRICS, 0.5, drawn)
+    for b in range(20):
+        repeated = np.repeat(rows, drawn.counts(b, b + 1)[0].astype(int))
+        expected = detection.evaluate(fake[repeated], p[repeated], bootstraps=0)
+        for name in detection.METRICS:
+            assert found[name][b + 1] == pytest.approx(expected[name]["value"], abs=1e-12), name
+
+
+def test_interval_covers_the_true_auc_about_as_often_as_it_says() -> None:
+    hits, true = 0, 0.8555778  # Phi(1.5 / sqrt 2)
+    for seed in range(100):
+        fake, p = scores(200, seed=seed, digits=15)
+        auc = detection.evaluate(fake, p, bootstraps=200, seed=seed)["auc"]
+        hits += auc["low"] <= true <= auc["high"]
+    assert 87 <= hits <= 100
+
+
+def test_clusters_widen_the_interval() -> None:
+    fake, p = scores(100, seed=1)
+    repeated, names = np.repeat(np.arange(100), 8), np.repeat([f"video{i}" for i in range(100)], 8)
+    widths = []
+    for clusters in (None, list(names)):
+        auc = detection.evaluate(fake[repeated], p[repeated], clusters=clusters)["auc"]
+        widths.append(auc["high"] - auc["low"])
+    assert widths[1] > 2 * widths[0]  # eight copies carry no more information than one
+
+
+def test_one_class_groups_are_compared_with_the_other_class() -> None:
+    fake = np.array([0] * 20 + [1] * 40)
+    p = np.concatenate([np.linspace(0, 0.6, 20), np.linspace(0.7, 1, 20), np.linspace(0, 0.6, 20)])
+    makers = ["camera"] * 20 + ["easy"] * 20 + ["hard"] * 20
+    result = detection.evaluate(fake, p, groups={"maker": makers}, bootstraps=20)
+    table = result["groups"]["maker"]
+    assert table["easy"]["auc"]["value"] == 1.0
+    assert table["hard"]["auc"]["value"] == 0.5
+    assert table["hard"]["against"] == "all real"
+    assert "recall_real" not in table["hard"]
+    assert "recall_fake" not in table["camera"]
+    assert result["worst_group"]["name"] == "hard"
+    json.dumps(result, allow_nan=False)
+
+
+def test_paired_difference_of_a_score_with_itself_is_zero_and_of_a_better_one_positive() -> None:
+    fake, p = scores(300)
+    better = np.clip(p + 0.3 * (fake - 0.5), 0, 1)
+    assert detection.paired_difference(fake, p, p, bootstraps=20) == {"value": 0, "low": 0, "high": 0}
+    assert detection.paired_difference(fake, better, p)["low"] > 0  # type: ignore[operator]
+
+
+def test_a_thousand_resamples_of_two_thousand_rows_take_under_two_seconds() -> None:
+    fake, p = scores(2000, digits=15)
+    start = time.process_time()
+    detection.evaluate(fake, p, bootstraps=1000)
+    assert time.process_time() - start < 2
+
+
+def test_resamples_drawn_again_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many clusters to keep: groups must still see the resamples of the whole."""
+    fake, p = scores(200)
+    kept = detection.evaluate(fake, p, bootstraps=30)
+    monkeypatch.setattr(detection, "_KEPT", 0)
+    assert detection.evaluate(fake, p, bootstraps=30) == kept
+
+
+def test_confusion_and_reliability_count_every_row() -> None:
+    fake, p = scores(500)
+    assert detection.confusion(fake, p) == reference.confusion_matrix(fake, p >= 0.5).tolist()
+    assert sum(detection.reliability(fake, p)["count"]) == 500
+
+
+@pytest.mark.parametrize(
+    ("fake", "p", "message"),
+    [
+        ([1, 1], [0.1, 0.2], "no real row"),
+        ([0, 0], [0.1, 0.2], "no fake row"),
+        ([0, 1], [0.1], "2 labels but 1 scores"),
+        ([0, 2], [0.1, 0.3], "must be 0"),
+        ([0, 1], [0.1, float("nan")], "finite"),
+        ([0, 1], [0.1, 1.5], "within"),
+    ],
+)
+def test_unusable_input_is_refused_by_name(fake: list[int], p: list[float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        detection.evaluate(fake, p)
