@@ -1,0 +1,432 @@
+"""Make fakes with a registered model and store them as a new dataset version.
+
+    counterfake run generate gan-faces-demo                           1,000 faces from the newest dcgan-faces, 2 cores: 10 s
+    counterfake run generate swap-faces-demo                          500 swapped faces, 2 cores: 15 s
+    counterfake run generate gan-samples --set model=mnist-gan/2 --set into=mnist-fakes --set count=10000
+
+A generator is sampled; a face-swap model puts another person's face into pictures of `faces`. Every row says what made
+it (`maker`, e.g. dcgan-faces@3) and every file is marked as generated (IPTC DigitalSourceType). Files are encoded in the
+formats and JPEG qualities of the real ones, so that a detector cannot tell them apart by that: a swap exactly like the
+picture it was made from. A swap stays in the split of that picture. The same job makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from counterfake import bundle as bundles
+from counterfake import images, media, provenance
+from counterfake.config import digest, from_dict, to_dict
+from counterfake.errors import ConfigError, DataError
+from counterfake.forensics.benford import quantisation_table
+from counterfake.images import Preprocess
+from counterfake.learners.compositing import paste
+from counterfake.learners.faceswap import swap
+from counterfake.nets import NetConfig
+from counterfake.nets.swap import SwapConfig
+from counterfake.records import Dataset, Report, Sample, Version, write_version
+from counterfake.registry import Registry
+from counterfake.workspace import Workspace
+from jobs.console import Console
+
+LIKE_ROWS = 512  # real files whose encoding is looked at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateJob:
+    """One model into one new version of one dataset."""
+
+    model: str  # registry reference (dcgan-faces, dcgan-faces@champion, dcgan-faces/3) or a bundle's folder
+    into: str  # dataset to add to: a name in this workspace, or a file:// or s3:// URI
+    count: int = 1000  # pictures; of a swap at most the pictures there are
+    faces: str = ""  # dataset of real faces to swap; only for face-swap models
+    fraction: float = 1.0  # of the real faces, at most so many are swapped
+    like: str = ""  # dataset whose formats and qualities are copied; "" = the one the model was trained on
+    size: int = 0  # side of generated pictures, pixels; 0 = as the generator makes them
+    truncation: float = 0.0  # noise beyond so many standard deviations is drawn again; 0 = never
+    batch: int = 64  # pictures at a time
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.model or not self.into:
+            raise ConfigError("generate needs --set model=NAME and --set into=DATASET")
+        if (
+            self.count < 1
+            or self.batch < 1
+            or not 0 < self.fraction <= 1
+            or self.truncation < 0
+            or self.size < 0
+        ):
+            raise ConfigError(
+                "generate needs count and batch >= 1, fraction in (0, 1], truncation and size >= 0"
+            )
+
+
+class Model(NamedTuple):
+    """A loaded bundle and the name its pictures carry."""
+
+    bundle: bundles.Bundle
+    net: Any
+    maker: str
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return from_dict(Preprocess, self.bundle.info["preprocess"])
+
+    @property
+    def swap_config(self) -> SwapConfig:
+        config = from_dict(NetConfig, self.bundle.config["faceswap"])  # type: ignore[type-abstract]
+        assert isinstance(config, SwapConfig), f"bundle {self.maker} holds a {type(config).__name__}"
+        return config
+
+
+class Encoding(NamedTuple):
+    """How a file is written."""
+
+    format: Literal["jpeg", "png", "webp"]
+    quality: int
+
+
+def run(job: GenerateJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
+    """Generate, encode, mark and store; returns the version and what went into it."""
+    console = console or Console(quiet=True)
+    started, report = time.monotonic(), Report()
+    model = load(job.model, workspace)
+    make = {"generator": generated, "faceswap": swapped}.get(model.bundle.kind)
+    if make is None:
+        raise ConfigError(
+            f"{job.model} is a {model.bundle.kind}; only generators and face-swap models make pictures"
+        )
+    uri = workspace.dataset(job.into)
+    console.stage(f"{model.maker} into {uri}")
+    samples, sources = make(job, model, workspace)
+    with console.progress("pictures", job.count) as advance:
+        version = write_version(
+            uri,
+            _counted(samples, advance),
+            sources=sources,
+            parent="append",
+            report=report,
+            writer={
+                "job": "generate",
+                "settings": to_dict(job),
+                "job_digest": digest(job),
+                "model": model.bundle.digest,
+            },
+            cache=workspace.cache,
+        )
+    result = _summary(uri, version, model, report, time.monotonic() - started)
+    console.event(
+        f"{report.rows} new pictures by {model.maker} -> {result['dataset']} ({result['seconds']:.1f} s)"
+    )
+    return result
+
+
+def load(reference: str, workspace: Workspace) -> Model:
+    """The model that a registry reference or a bundle's folder names, verified."""
+    if Path(reference).is_dir():
+        bundle = bundles.read(Path(reference))
+        maker = f"{bundle.name}@{bundle.digest[:8]}"
+    else:
+        registry = Registry.at(workspace)
+        found = registry.get(reference.removesuffix("@latest"))
+        bundle = bundles.read(registry.fetch_digest(found.digest, workspace.cache))
+        maker = f"{found.name}@{found.version}"
+    nets = bundles.load_nets(bundle) if bundle.kind in ("generator", "faceswap") else {}
+    return Model(bundle, nets.get(bundle.kind), maker)
+
+
+# -- generators -----------------------------------------------------------------------------------------------------
+
+
+def generated(
+    job: GenerateJob, model: Model, workspace: Workspace
+) -> tuple[Iterator[Sample], dict[str, Any]]:
+    """Samples of a generator, and their licence: made from noise, by a model of the sources' licences."""
+    like, version = _like(job, model, workspace)
+    licences = sorted({facts["licence"] for facts in version.sources.values()})
+    source = f"generated by {model.maker}"
+    facts = {source: {"licence": f"model output; trained on {', '.join(licences)}", "consent": "synthetic"}}
+    return _from_noise(job, model, like, version, source), facts
+
+
+def _from_noise(
+    job: GenerateJob, model: Model, like: Dataset, version: Version, source: str
+) -> Iterator[Sample]:
+    rows = list(_first_rows(like, version))
+    encodings = [encoding(row.media) for row in rows if row.image is not None]
+    noise = draw_noise(job, int(model.bundle.config["generator"]["noise_size"]))
+    index = 0
+    for chunk in torch.split(noise, job.batch):
+        with torch.inference_mode():
+            batch = images.to_uint8(model.net(chunk)).permute(0, 2, 3, 1).numpy()
+        for pixels in batch:
+            pixels = images.resize(pixels, job.size, job.size) if job.size else np.ascontiguousarray(pixels)
+            made: dict[str, Any] = {
+                "fake": 1,
+                "maker": model.maker,
+                "source": source,
+                "path": f"{model.maker}/{job.seed}/{index:06d}",
+            }
+            if not encodings:
+                yield Sample(pixels=pixels, **made)
+            else:
+                chosen = encodings[int(np.random.default_rng([job.seed, index]).integers(len(encodings)))]
+                box = face_box(len(pixels), model.preprocess, rows)
+                method = "generator" if box else None
+                data = _write(pixels, chosen, model.maker, "trainedAlgorithmicMedia")
+                attributes = {
+                    "format": chosen.format,
+                    "quality": chosen.quality,
+                    "seed": job.seed,
+                    "index": index,
+                }
+                yield Sample(image=data, face_box=box, face_method=method, attributes=attributes, **made)
+            index += 1
+
+
+def draw_noise(job: GenerateJob, width: int) -> torch.Tensor:
+    """(count, Z) standard normal, beyond `truncation` drawn again; the same for every batch size."""
+    noise = torch.empty(job.count, width)
+    generator = torch.Generator().manual_seed(job.seed)
+    if job.truncation:
+        return torch.nn.init.trunc_normal_(noise, a=-job.truncation, b=job.truncation, generator=generator)
+    return noise.normal_(generator=generator)
+
+
+def face_box(
+    side: int, preprocess: Preprocess, rows: list[Sample]
+) -> tuple[float, float, float, float] | None:
+    """Where the face of a generated picture is: what the training crops were made from, None if nobody knows.
+
+    A generator of face crops repeats their margin; one of whole pictures has its face where the real ones have it.
+    """
+    if preprocess.crop == "face":
+        box = side / preprocess.margin
+        return ((side - box) / 2, (side - box) / 2, box, box)
+    known = [_relative_box(row) for row in rows if row.face_box is not None and row.image is not None]
+    if not known:
+        return None
+    x, y, width, height = (float(v) * side for v in np.median(known, axis=0))
+    return (x, y, width, height)
+
+
+def _relative_box(row: Sample) -> list[float]:
+    assert row.face_box is not None
+    width, height = media.header_size(row.media, media.sniff(row.media))
+    return [value / edge for value, edge in zip(row.face_box, (width, height, width, height), strict=True)]
+
+
+# -- face swaps -----------------------------------------------------------------------------------------------------
+
+
+def swapped(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Iterator[Sample], dict[str, Any]]:
+    """Pictures of `faces` with someone else's face; licence and consent of each picture stay what they were."""
+    if not job.faces:
+        raise ConfigError(f"{model.maker} swaps faces: name the real ones with --set faces=DATASET")
+    dataset = Dataset.open(workspace.dataset(job.faces), cache=workspace.cache)
+    version = dataset.version(dataset.pinned)
+    facts = {_swap_source(model, name): rights for name, rights in version.sources.items()}
+    cast = Cast(model.swap_config.identities, version)
+    return _swaps(job, model, dataset, version, cast, choose(job, dataset, version, cast)), facts
+
+
+class Cast:
+    """Whose face a picture may wear: people the model knows, of the picture's own split, else of any."""
+
+    def __init__(self, identities: tuple[str, ...], version: Version) -> None:
+        homes = {row["identity"]: row["split"] for row in version.counts if row["fake"] != 1}
+        self.identities = identities
+        self.by_split = {
+            split: [name for name in identities if homes.get(name) == split] for split in version.splits
+        }
+
+    def targets(self, split: str, own: str | None) -> list[int]:
+        """Indices of the faces for a picture of `own` in `split`; [] if nobody but itself is left."""
+        known = self.by_split.get(split) or self.identities
+        return [index for index, name in enumerate(self.identities) if name in known and name != own]
+
+    def choose(self, split: str, sample: Sample, seed: int) -> int:
+        """One of the targets, by hash."""
+        others = self.targets(split, sample.identity)
+        return others[_hash(seed, f"target/{sample.id}") % len(others)]
+
+
+def choose(job: GenerateJob, dataset: Dataset, version: Version, cast: Cast) -> set[str]:
+    """Ids of the real faces to swap: those whose hash with the seed is smallest. Raises DataError if there are none."""
+    eligible = []
+    for split in version.splits:
+        table = dataset.read(version, split, columns=["id", "fake", "face_box", "identity"])
+        eligible += [
+            row["id"]
+            for row in table.to_pylist()
+            if row["fake"] == 0 and row["face_box"] is not None and cast.targets(split, row["identity"])
+        ]
+    if not eligible:
+        raise DataError(
+            f"{job.faces} has no real picture with a face_box; ingest it with --set faces=cascade"
+        )
+    eligible.sort(key=lambda identifier: _hash(job.seed, identifier))
+    return set(eligible[: min(job.count, max(1, round(job.fraction * len(eligible))))])
+
+
+def _swaps(
+    job: GenerateJob, model: Model, dataset: Dataset, version: Version, cast: Cast, chosen: set[str]
+) -> Iterator[Sample]:
+    pending: list[Sample] = []
+    for split in version.splits:
+        for sample in dataset.samples(version, split):
+            if sample.id in chosen:
+                pending.append(dataclasses.replace(sample, split=split))
+            if len(pending) == job.batch:
+                yield from _swap_batch(job, model, cast, pending)
+                pending = []
+    yield from _swap_batch(job, model, cast, pending) if pending else ()
+
+
+def _swap_batch(job: GenerateJob, model: Model, cast: Cast, samples: list[Sample]) -> Iterator[Sample]:
+    config = model.swap_config
+    pictures = [media.decode_trusted(sample.media) for sample in samples]
+    crops = [model.preprocess.apply(p, s.face_box) for p, s in zip(pictures, samples, strict=True)]
+    wearers = [cast.choose(str(sample.split), sample, job.seed) for sample in samples]
+    faces = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    painted = swap(model.net, config, faces, torch.tensor(wearers)).permute(0, 2, 3, 1).numpy()
+    for row in zip(samples, pictures, painted, wearers, strict=True):
+        yield _composed(model, config, *row)
+
+
+def _composed(
+    model: Model,
+    config: SwapConfig,
+    sample: Sample,
+    picture: NDArray[np.uint8],
+    painted: NDArray[np.uint8],
+    wearer: int,
+) -> Sample:
+    """One swap as a row: the painted face in the picture, encoded like the picture."""
+    assert sample.face_box is not None
+    crop = model.preprocess
+    pixels = paste(
+        picture, painted, sample.face_box, margin=crop.margin, coverage=config.coverage, side=crop.size
+    )
+    target = config.identities[wearer]
+    attributes = {**sample.attributes, "swapped_from": sample.id, "target_identity": target}
+    return dataclasses.replace(
+        sample,
+        id="",
+        image=_write(pixels, encoding(sample.media), model.maker, "compositeWithTrainedAlgorithmicMedia"),
+        pixels=None,
+        path=f"{model.maker}/{sample.path}",
+        fake=1,
+        maker=model.maker,
+        source=_swap_source(model, sample.source),
+        attributes=attributes,
+    )
+
+
+def _swap_source(model: Model, source: str) -> str:
+    return f"{source} swapped by {model.maker}"
+
+
+def _hash(seed: int, text: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8], "big")
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def encoding(data: bytes) -> Encoding:
+    """Format of a file and its JPEG quality: the one whose standard luma table has the same sum as the file's first."""
+    kind = media.sniff(data)
+    if kind != "jpeg":
+        return Encoding("png" if kind == "png" else "webp", 100)
+    at = data.find(b"\xff\xdb")  # the first table is luma's
+    total = sum(data[at + 5 : at + 69])
+    sums = [abs(int(quantisation_table(quality).sum()) - total) for quality in range(1, 101)]
+    return Encoding("jpeg", 1 + int(np.argmin(sums)))
+
+
+def _write(
+    pixels: NDArray[np.uint8], chosen: Encoding, maker: str, source_type: provenance.SourceType
+) -> bytes:
+    data = media.encode(pixels, chosen.format, chosen.quality)
+    return provenance.mark(data, maker=maker, source_type=source_type)
+
+
+def _like(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Dataset, Version]:
+    """The dataset whose files are copied in kind: `like`, or what the model was trained on."""
+    trained = model.bundle.info["dataset"] or {}
+    if not job.like and not trained:
+        raise ConfigError(
+            f"{model.maker} does not say what it was trained on; name a dataset with --set like=DATASET"
+        )
+    uri = workspace.dataset(job.like) if job.like else f"{trained['uri']}@{trained['version']}"
+    dataset = Dataset.open(uri, cache=workspace.cache)
+    return dataset, dataset.version(dataset.pinned)
+
+
+def _first_rows(dataset: Dataset, version: Version) -> Iterator[Sample]:
+    """Real rows of the largest split; ids are hashes, so the first ones are a random sample."""
+    split = max(version.splits, key=version.rows)
+    found = 0
+    for sample in dataset.samples(version, split):
+        if sample.fake != 1:
+            yield sample
+            found += 1
+        if found == LIKE_ROWS:
+            return
+
+
+def _counted(samples: Iterator[Sample], advance: Callable[[int], None]) -> Iterator[Sample]:
+    for sample in samples:
+        yield sample
+        advance(1)
+
+
+def _summary(uri: str, version: Version, model: Model, report: Report, seconds: float) -> dict[str, Any]:
+    mine = [row for row in version.counts if row["maker"] == model.maker]
+    return {
+        "dataset": f"{uri}@{version.number}",
+        "version": version.number,
+        "digest": version.digest,
+        "maker": model.maker,
+        "splits": {name: sum(row["rows"] for row in mine if row["split"] == name) for name in version.splits},
+        "rows": version.rows(),
+        "report": report.to_dict(),
+        "seconds": round(seconds, 2),
+        "pictures_per_second": round(report.seen / max(seconds, 1e-9), 1),
+    }
+
+
+# -- presets --------------------------------------------------------------------------------------------------------
+
+
+def gan_faces_demo() -> GenerateJob:
+    """1,000 faces of the demo's GAN beside the real ones."""
+    return GenerateJob(model="dcgan-faces", into="faces-demo")
+
+
+def swap_faces_demo() -> GenerateJob:
+    """500 of the demo's faces with someone else's face."""
+    return GenerateJob(model="swap-faces", into="faces-demo", faces="faces-demo", count=500)
+
+
+def gan_samples() -> GenerateJob:
+    """10,000 samples of any generator as a dataset of their own."""
+    return GenerateJob(model="dcgan-mnist", into="gan-samples", count=10_000)
+
+
+PRESETS: dict[str, Callable[[], GenerateJob]] = {
+    "gan-faces-demo": gan_faces_demo,
+    "swap-faces-demo": swap_faces_demo,
+    "gan-samples": gan_samples,
+}

@@ -1,0 +1,63 @@
+"""What every training job shows and returns; the jobs themselves are `train_gan`, `train_swap`, `train_detector`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from counterfake.loop import Tick, TrainJob
+from counterfake.workspace import Workspace
+from jobs.console import Console
+
+
+def train(job: TrainJob, workspace: Workspace, console: Console | None = None) -> dict[str, Any]:
+    """Run a training job to its end with a progress bar -> its figures, for people and `--json`."""
+    from counterfake.cluster.train import fit  # not at import: a preset must not load MLflow
+
+    console = console or Console(quiet=True)
+    where = f"on {job.workers} Ray workers" if job.workers else "in this process"
+    console.stage(f"train {job.name} on {job.data.uri or '(no dataset)'} {where}")
+    with contextlib.ExitStack() as stack:
+        result = fit(job, workspace, on_progress=_Bar(console, job, stack))
+    if result.reused:
+        console.event(
+            f"{result.name} was finished before; this is its result. Change a setting, or the name, to train anew"
+        )
+    console.event(
+        f"{result.steps} steps, {result.images} pictures, {result.images_per_second:.0f} pictures/s; MLflow run {result.run_id}"
+    )
+    return {
+        "name": result.name,
+        "run_id": result.run_id,
+        "steps": result.steps,
+        "images": result.images,
+        "images_per_second": round(result.images_per_second, 1),
+        "seconds": round(result.seconds, 2),
+        "metrics": result.metrics,
+        "weights_digest": result.weights_digest,
+        "checkpoint": result.checkpoint,
+        "bundle": str(result.bundle),
+        "registered": result.registered,
+        "reused": result.reused,
+    }
+
+
+class _Bar:
+    """A bar that starts with the first tick, which knows how long the run is."""
+
+    def __init__(self, console: Console, job: TrainJob, stack: contextlib.ExitStack) -> None:
+        self._console, self._job, self._stack = console, job, stack
+        self._advance: Any = None
+        self._done = 0
+
+    def __call__(self, tick: Tick) -> None:
+        if self._advance is None:
+            self._advance = self._stack.enter_context(
+                self._console.progress(self._job.name, tick.total_steps)
+            )
+        self._advance(tick.step - self._done)
+        self._done = tick.step
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in sorted(tick.metrics.items()))
+        self._console.event(
+            f"step {tick.step}/{tick.total_steps}  {tick.images_per_second:.0f} pictures/s  {figures}"
+        )

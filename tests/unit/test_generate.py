@@ -1,0 +1,270 @@
+"""Generated and swapped pictures: labels, marks, encodings like the real ones, splits, and the same bytes every time."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from counterfake import bundle as bundles
+from counterfake import media, provenance
+from counterfake.errors import ConfigError, DataError
+from counterfake.images import Preprocess
+from counterfake.learners.compositing import match_colour, paste, placement, soft_mask
+from counterfake.learners.warp import centre
+from counterfake.nets.dcgan import DcganGenerator
+from counterfake.nets.swap import SwapConfig
+from counterfake.records import Dataset, Sample, SplitRule, write_version
+from counterfake.sources.synthetic import SyntheticSource
+from counterfake.workspace import Workspace
+from jobs import generate
+from jobs.generate import GenerateJob, draw_noise, encoding, face_box
+
+PEOPLE, EACH = 8, 3
+RULE = SplitRule(fractions={"train": 0.5, "validation": 0.25, "test": 0.25})
+
+
+@pytest.fixture
+def faces(workspace: Workspace) -> Dataset:
+    source = SyntheticSource(identities=PEOPLE, per_identity=EACH, size=64)
+    facts = {source.label: {"licence": source.licence, "consent": source.consent}}
+    write_version(workspace.dataset("faces"), source.samples(), sources=facts, splits=RULE)
+    return Dataset.open(workspace.dataset("faces"))
+
+
+@pytest.fixture
+def gan(workspace: Workspace, faces: Dataset, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = DcganGenerator(size=32, channels=3, noise_size=8, width=2)
+    return _bundle(tmp_path / "gan", "generator", "tiny-gan", config, Preprocess(size=32), faces)
+
+
+@pytest.fixture
+def swapper(workspace: Workspace, faces: Dataset, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    people = faces.version().names("identity")[:2]
+    config = dataclasses.replace(SwapConfig.tiny(), identities=tuple(people), coverage=0.8)
+    preprocess = Preprocess(size=20, crop="face", margin=1.4)
+    return _bundle(tmp_path / "swap", "faceswap", "tiny-swap", config, preprocess, faces)
+
+
+# -- generators -----------------------------------------------------------------------------------------------------
+
+
+def test_a_generators_samples_are_labelled_marked_and_in_every_split(workspace: Workspace, gan: Path) -> None:
+    result = generate.run(GenerateJob(model=str(gan), into="fakes", count=24, batch=7), workspace)
+    dataset = Dataset.open(workspace.dataset("fakes"))
+    samples = [s for split in dataset.version().splits for s in dataset.samples(None, split)]
+    assert len(samples) == result["rows"] == 24
+    assert {(s.fake, s.maker, s.identity) for s in samples} == {(1, result["maker"], None)}
+    marks = [provenance.read(s.media) for s in samples]
+    assert {(m.digital_source_type, m.maker) for m in marks} == {("trainedAlgorithmicMedia", result["maker"])}
+    assert all(count > 0 for count in result["splits"].values())
+    assert all(media.decode(s.media).shape == (32, 32, 3) for s in samples)
+
+
+def test_their_files_are_written_like_the_real_ones(workspace: Workspace, gan: Path, faces: Dataset) -> None:
+    generate.run(GenerateJob(model=str(gan), into="fakes", count=60, size=64), workspace)
+    real, fake = _encodings(faces), _encodings(Dataset.open(workspace.dataset("fakes")))
+    assert set(fake) <= set(real)
+    assert len(set(fake)) > 3
+
+
+def test_the_same_job_makes_the_same_bytes_whatever_its_batch_size(workspace: Workspace, gan: Path) -> None:
+    job = GenerateJob(model=str(gan), into="fakes", count=10, batch=10)
+    first = generate.run(job, workspace)
+    again = generate.run(job, workspace)
+    assert again["version"] == first["version"]
+    assert again["report"]["duplicates"] == 10
+    other = generate.run(dataclasses.replace(job, into="others", batch=5), workspace)
+    assert Dataset.open(workspace.dataset("others")).version(other["version"]).rows() == 10
+    seeded = generate.run(dataclasses.replace(job, seed=1), workspace)
+    assert seeded["rows"] == 20
+
+
+def test_fakes_are_added_to_the_real_ones_as_a_new_version(
+    workspace: Workspace, gan: Path, faces: Dataset
+) -> None:
+    result = generate.run(GenerateJob(model=str(gan), into="faces", count=12), workspace)
+    assert result["version"] == 2
+    assert result["rows"] == PEOPLE * EACH + 12
+    assert faces.version(1).rows() == PEOPLE * EACH
+
+
+def test_raw_pixel_datasets_get_raw_pixels(workspace: Workspace, tmp_path: Path) -> None:
+    digits = (
+        Sample(pixels=np.full((28, 28, 1), i, np.uint8), source="digits", fake=0, class_id=i % 2)
+        for i in range(20)
+    )
+    rights = {"digits": {"licence": "CC0-1.0", "consent": "none"}}
+    write_version(workspace.dataset("digits"), digits, sources=rights)
+    dataset = Dataset.open(workspace.dataset("digits"))
+    bundle = _bundle(
+        tmp_path / "digits", "generator", "g", DcganGenerator.tiny(), Preprocess(size=28, channels=1), dataset
+    )
+    result = generate.run(GenerateJob(model=str(bundle), into="digits", count=8), workspace)
+    assert result["rows"] == 28
+
+
+def test_truncated_noise_stays_within_its_bound() -> None:
+    job = GenerateJob(model="m", into="d", count=500, truncation=0.7)
+    assert draw_noise(job, 16).abs().max() <= 0.7
+    assert draw_noise(dataclasses.replace(job, truncation=0), 16).abs().max() > 2
+
+
+def test_the_face_of_a_generated_picture_is_where_training_had_it(faces: Dataset) -> None:
+    assert face_box(60, Preprocess(crop="face", margin=1.5), []) == (10, 10, 40, 40)
+    rows = list(faces.samples(None, "train"))
+    x, y, width, height = face_box(128, Preprocess(), rows) or (0, 0, 0, 0)
+    assert [x, y, width, height] == pytest.approx(2 * np.median([r.face_box for r in rows], axis=0), abs=1e-3)
+    assert face_box(64, Preprocess(), []) is None
+
+
+# -- swaps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_swap_stays_in_the_split_and_the_file_format_of_its_picture(
+    workspace: Workspace, swapper: Path, faces: Dataset
+) -> None:
+    result = generate.run(
+        GenerateJob(model=str(swapper), into="faces", faces="faces@1", count=12, batch=5), workspace
+    )
+    originals = {s.id: s for split in RULE.fractions for s in faces.samples(1, split)}
+    swaps = [s for split in RULE.fractions for s in faces.samples(2, split) if s.fake == 1]
+    assert len(swaps) == 12
+    assert sum(result["splits"].values()) == 12
+    for made in swaps:
+        original = originals[made.attributes["swapped_from"]]
+        assert (made.split, made.identity) == (original.split, original.identity)
+        assert made.attributes["target_identity"] != made.identity
+        assert encoding(made.media) == encoding(original.media)
+        assert provenance.read(made.media).digital_source_type == "compositeWithTrainedAlgorithmicMedia"
+
+
+def test_a_swap_changes_the_face_and_nothing_outside_the_crop(
+    workspace: Workspace, swapper: Path, faces: Dataset
+) -> None:
+    generate.run(GenerateJob(model=str(swapper), into="swaps", faces="faces", count=PEOPLE * EACH), workspace)
+    dataset = Dataset.open(workspace.dataset("swaps"))
+    originals = {s.id: s for split in RULE.fractions for s in faces.samples(None, split)}
+    pngs = 0
+    for made in (s for split in dataset.version().splits for s in dataset.samples(None, split)):
+        before = originals[made.attributes["swapped_from"]]
+        if encoding(before.media).format != "png":
+            continue  # JPEG would change the rest a little
+        pngs += 1
+        changed = np.abs(media.decode(made.media).astype(int) - media.decode(before.media)).sum(axis=2) > 0
+        x, y, width, height = (round(v) for v in before.face_box or (0, 0, 0, 0))
+        assert changed[y : y + height, x : x + width].mean() > 0.5
+        assert not changed[:2].any()
+        assert not changed[:, :2].any()
+    assert pngs
+
+
+def test_fraction_limits_how_many_are_swapped_and_choice_repeats(
+    workspace: Workspace, swapper: Path, faces: Dataset
+) -> None:
+    job = GenerateJob(model=str(swapper), into="swaps", faces="faces", fraction=0.25)
+    cast = generate.Cast(tuple(faces.version().names("identity")), faces.version())
+    cast.by_split = {}  # anyone may wear anyone's face
+    chosen = generate.choose(job, faces, faces.version(), cast)
+    assert len(chosen) == PEOPLE * EACH // 4
+    assert chosen == generate.choose(job, faces, faces.version(), cast)
+    assert chosen != generate.choose(dataclasses.replace(job, seed=1), faces, faces.version(), cast)
+
+
+def test_a_swap_wears_a_face_of_its_own_split_where_the_model_knows_one(faces: Dataset) -> None:
+    version = faces.version()
+    people = tuple(version.names("identity"))
+    home = {row["identity"]: row["split"] for row in version.counts}
+    cast = generate.Cast(people, version)
+    for own in people:
+        wearable = {home[people[index]] for index in cast.targets(home[own], own)}
+        assert wearable <= {home[own]}
+    only = generate.Cast((people[0],), version)
+    stranger = next(name for name in people if home[name] != home[people[0]])
+    assert only.targets(home[stranger], stranger) == [0]  # the model knows nobody of that split
+    assert only.targets(home[people[0]], people[0]) == []
+
+
+def test_what_cannot_be_generated_is_refused_in_one_line(
+    workspace: Workspace, swapper: Path, faces: Dataset
+) -> None:
+    with pytest.raises(ConfigError, match="name the real ones"):
+        generate.run(GenerateJob(model=str(swapper), into="x"), workspace)
+    with pytest.raises(ConfigError, match="needs --set model"):
+        GenerateJob(model="", into="x")
+    blank = Sample(image=media.encode(np.zeros((32, 32, 3), np.uint8), "png"), source="s", fake=0)
+    write_version(
+        workspace.dataset("blank"), [blank], sources={"s": {"licence": "CC0-1.0", "consent": "none"}}
+    )
+    with pytest.raises(DataError, match="no real picture with a face_box"):
+        generate.run(GenerateJob(model=str(swapper), into="x", faces="blank"), workspace)
+
+
+# -- compositing ----------------------------------------------------------------------------------------------------
+
+
+def test_a_face_painted_unchanged_lands_where_it_was_read() -> None:
+    """Crop, read the centre, put it back without mask and colour match: the picture is the same up to resampling."""
+    y, x = np.mgrid[0:120, 0:140]
+    picture = np.stack([x * 1.8, y * 2.1, 255 - x * 1.8], axis=-1).round().astype(np.uint8)
+    box, margin, coverage, side, size = (40.0, 30.0, 50.0, 60.0), 1.4, 0.8, 60, 48
+    crop = Preprocess(size=side, crop="face", margin=margin).apply(picture, box)
+    read = (
+        centre(torch.from_numpy(crop).permute(2, 0, 1)[None].float(), size, coverage)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
+    where = placement(box, (140, 120), size, margin=margin, coverage=coverage, side=side)
+    back = cv2.warpAffine(read, where, (140, 120), flags=cv2.INTER_CUBIC)
+    inside = cv2.warpAffine(np.pad(np.ones((40, 40), np.float32), 4), where, (140, 120)) > 0.99
+    error = np.abs(back - picture)[inside]
+    assert error.mean() < 0.4  # half a pixel of displacement would be 0.95
+    pasted = paste(picture, read.round().astype(np.uint8), box, margin=margin, coverage=coverage, side=side)
+    assert np.abs(pasted.astype(int) - picture).mean() < 1
+
+
+def test_the_mask_fades_to_nothing_before_the_border() -> None:
+    mask = soft_mask(48)
+    assert mask[24, 24] == 1
+    assert not mask[0].any()
+    assert not mask[:, 0].any()
+    assert np.abs(np.diff(mask, axis=0)).max() < 0.4
+
+
+def test_matched_colours_have_the_pictures_mean_and_spread() -> None:
+    rng = np.random.default_rng(1)
+    picture = rng.normal((150, 100, 80), 12, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+    painted = rng.normal((90, 110, 140), 20, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+    matched = match_colour(painted, picture, np.ones((40, 40, 1), np.float32))
+    assert matched.mean(axis=(0, 1)) == pytest.approx(picture.mean(axis=(0, 1)), abs=1.5)
+    assert matched.std() == pytest.approx(picture.std(), rel=0.1)
+
+
+@pytest.mark.parametrize("quality", [40, 72, 90, 96, 100])
+def test_the_jpeg_quality_of_a_file_is_read_from_its_table(quality: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    assert encoding(media.encode(pixels, "jpeg", quality)) == ("jpeg", quality)
+    assert encoding(media.encode(pixels, "png")) == ("png", 100)
+
+
+def _bundle(
+    folder: Path, kind: str, name: str, config: object, preprocess: Preprocess, data: Dataset
+) -> Path:
+    version = data.version()
+    dataset = {"uri": data.store.uri, "version": version.number, "digest": version.digest}
+    nets = {kind: (config, config.build().state_dict())}
+    provenance_ = {"dataset": dataset, "sources": version.sources}
+    return bundles.write_nets(
+        folder, kind=kind, name=name, nets=nets, preprocess=preprocess, provenance=provenance_
+    ).folder
+
+
+def _encodings(dataset: Dataset) -> list[tuple[str, int]]:
+    version = dataset.version()
+    return [tuple(encoding(s.media)) for split in version.splits for s in dataset.samples(version, split)]
