@@ -1,0 +1,169 @@
+"""`fit`: one training job, on N Ray Train workers or in this process, as one MLflow run, resumed until it is finished.
+
+The run's folder `<storage>/training/<name>-<digest of the job and its data>` holds `run.json` (which MLflow run),
+checkpoints, `bundle/` and at the end `result.json`. The same job again continues it, or returns what it gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from counterfake import config
+from counterfake.bundle import read
+from counterfake.cluster.group import run_on_ray
+from counterfake.cluster.here import run_here
+from counterfake.cluster.worker import Order, Progress
+from counterfake.data import DataConfig, Loader
+from counterfake.errors import ConfigError
+from counterfake.loop import TrainJob
+from counterfake.records import Dataset
+from counterfake.storage import Store, open_store
+from counterfake.tracking import Run, Tracker
+from counterfake.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run gave."""
+
+    name: str  # of the run: job name and digest
+    run_id: str  # of MLflow
+    checkpoint: str  # URI of the last checkpoint
+    bundle: Path | None  # local folder
+    metrics: dict[str, float]  # of the last tick, with val_… if there is a validation split
+    steps: int
+    images: int
+    weights_digest: str  # of the whole learner state: equal digests mean equal runs, bit for bit
+    seconds: float  # wall time of `fit`, restarts included, of the process that finished the run
+    images_per_second: float  # over all steps, without checkpoints and start-up
+    registered: str = ""  # "name/version" where job.register_as is set
+    reused: bool = False  # the job had been finished before; nothing was trained
+
+
+def fit(
+    job: TrainJob,
+    workspace: Workspace,
+    *,
+    on_progress: Progress | None = None,
+    parent_run: str | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainResult:
+    """Train `job` to its end. `on_progress` sees each tick; `callbacks` are Ray Train's (Tune needs one).
+
+    Raises ConfigError, NotFoundError, ClusterError or TrackingError before anything is trained, TrainingError and
+    its children while it is."""
+    started = time.perf_counter()
+    job, dataset = _pin(job, workspace)
+    # Opening the data refuses what does not fit before anything starts.
+    Loader(job.data, world=max(job.workers, 1), cache=workspace.cache)
+    name = run_name(job, dataset)
+    store = open_store(f"{workspace.training}/{name}")
+    if store.exists("result.json"):
+        logger.info(
+            "%s was finished before; this is its result (another seed, name or setting makes a new run)", name
+        )
+        return _finish(job, workspace, store, json.loads(store.read("result.json")), reused=True)
+    run = _open_run(job, workspace, store, name, dataset, parent_run)
+    order = Order(
+        job=job, workspace=workspace, name=name, run_id=run.id, dataset=dataset["training"], commit=_commit()
+    )
+    with run:
+        if job.workers:
+            summary = run_on_ray(order, on_progress, callbacks)
+        else:
+            summary = run_here(order, store, on_progress)
+        result = {**summary, "name": name, "run_id": run.id, "seconds": time.perf_counter() - started}
+        store.put("result.json", config.canonical_json(result))
+        run.json("result.json", result)
+    return _finish(job, workspace, store, result, reused=False)
+
+
+def run_name(job: TrainJob, dataset: dict[str, Any]) -> str:
+    """`<job name>-<hash>` of everything that decides the result: all settings and the content of the data."""
+    settings = config.to_dict(dataclasses.replace(job, notes="", register_as=""))
+    return f"{job.name}-{config.digest({'job': settings, 'dataset': dataset})[:12]}"
+
+
+# -- private --------------------------------------------------------------------------------------
+
+
+def _pin(job: TrainJob, workspace: Workspace) -> tuple[TrainJob, dict[str, Any]]:
+    """The job with its datasets fixed to the versions of this moment, and what they are."""
+    job_data, training = _pin_data(job.data, workspace)
+    if job.validation is None:
+        return dataclasses.replace(job, data=job_data), {"training": training}
+    held_out, validation = _pin_data(job.validation, workspace)
+    return dataclasses.replace(job, data=job_data, validation=held_out), {
+        "training": training,
+        "validation": validation,
+    }
+
+
+def _pin_data(data: DataConfig, workspace: Workspace) -> tuple[DataConfig, dict[str, Any]]:
+    if not data.uri:
+        raise ConfigError(
+            "data.uri is not set; name a dataset, for example --set data.uri=faces, or a full URI"
+        )
+    uri = workspace.dataset(data.uri)
+    found = Dataset.open(uri)
+    version = found.version(found.pinned)
+    base = uri.rpartition("@")[0] if found.pinned is not None else uri
+    facts = {"uri": base, "version": version.number, "digest": version.digest, "sources": version.sources}
+    return dataclasses.replace(data, uri=f"{base}@{version.number}"), facts
+
+
+def _open_run(
+    job: TrainJob, workspace: Workspace, store: Store, name: str, dataset: dict[str, Any], parent: str | None
+) -> Run:
+    """The MLflow run of this folder: the one it was begun with, or a new one."""
+    tracker = Tracker.at(workspace)
+    if store.exists("run.json"):
+        known = json.loads(store.read("run.json"))
+        if known["tracking_uri"] == workspace.tracking_uri:
+            logger.info("%s goes on as MLflow run %s", name, known["run_id"])
+            return tracker.resume(known["run_id"])
+    tags = {"counterfake.run": name, "counterfake.commit": _commit()}
+    run = tracker.start(job.task, job.name, parent=parent, tags=tags, params=config.to_dict(job))
+    for context, facts in dataset.items():
+        run.dataset(facts["uri"], facts["version"], facts["digest"], context)
+    run.json("job.json", config.to_dict(job))
+    store.put("run.json", config.canonical_json({"run_id": run.id, "tracking_uri": workspace.tracking_uri}))
+    return run
+
+
+def _finish(
+    job: TrainJob, workspace: Workspace, store: Store, result: dict[str, Any], *, reused: bool
+) -> TrainResult:
+    folder = store.download("bundle", workspace.home / "models" / result["name"])
+    read(folder)  # verifies every digest
+    registered = ""
+    if job.register_as:
+        from counterfake.registry import Registry
+
+        tags = {"counterfake.run": result["name"]}
+        registered = (
+            Registry.at(workspace)
+            .register(folder, job.register_as, run_id=result["run_id"], tags=tags)
+            .reference
+        )
+    known = {field.name for field in dataclasses.fields(TrainResult)}
+    figures = {key: value for key, value in result.items() if key in known}
+    return TrainResult(**{**figures, "bundle": folder, "registered": registered, "reused": reused})
+
+
+def _commit() -> str:
+    """The commit of the code that runs; "" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,237 @@
+"""What every training process does: load the data, resume the learner, run the loop, report. Knows no Ray: a `Host`
+gives it the last checkpoint and takes its reports, on a cluster as in one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from counterfake import checkpoint, dist, loop
+from counterfake.bundle import Kind, write_nets
+from counterfake.config import from_dict, to_dict
+from counterfake.data import Batch, DataConfig, Loader
+from counterfake.errors import CheckpointError, TrackingError
+from counterfake.learners import Learner, LearnerContext
+from counterfake.storage import open_store
+from counterfake.tracking import Run, Tracker
+from counterfake.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[loop.Tick], None]
+
+BUNDLE_KINDS: dict[str, Kind] = {"gan": "generator", "faceswap": "faceswap", "detector": "detector"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the driver asks of every worker: the job with its dataset pinned, and where things go."""
+
+    job: loop.TrainJob
+    workspace: Workspace
+    name: str  # of the run: job name and digest
+    run_id: str  # of MLflow
+    dataset: dict[str, Any]  # uri, version, digest, sources
+    commit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "job": to_dict(self.job), "workspace": to_dict(self.workspace)}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Order:
+        job = from_dict(loop.TrainJob, tree["job"])
+        return cls(**{**tree, "job": job, "workspace": from_dict(Workspace, tree["workspace"])})
+
+
+class Host(Protocol):
+    """Whoever runs the worker."""
+
+    def last_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """A local copy of the newest complete checkpoint of this run."""
+
+    def report(self, tick: loop.Tick, folder: Path | None) -> None:
+        """Take the metrics and, from rank 0, a checkpoint folder, which may be deleted afterwards."""
+
+
+def work(order: Order, host: Host) -> dict[str, Any]:
+    """Train to the end of the job, from the newest checkpoint if there is one -> the figures of the whole run."""
+    job = order.job
+    _set_threads(job)
+    device = dist.device()
+    loader = Loader(job.data, rank=dist.rank(), world=dist.world_size(), cache=order.workspace.cache)
+    dist.seed_build(job.loop.seed)
+    learner = job.learner.build(device=device, context=_context(job, loader))
+    summary = _resume(learner, order, host)
+    run = Tracker.at(order.workspace).resume(order.run_id) if dist.is_main() else None
+    logger.info(
+        "%s: rank %d of %d on %s from step %d",
+        order.name,
+        dist.rank(),
+        dist.world_size(),
+        device,
+        learner.steps,
+    )
+    reporter = _Reporter(order, host, learner, loader, device, run, summary)
+    with _closing(run):
+        loop.train(learner, loader, job.loop, reporter.on_tick, start_step=learner.steps, device=device)
+        if dist.is_main():
+            _publish_bundle(order, learner, loader)
+    return {**reporter.summary, "weights_digest": checkpoint.weights_digest(learner.state_dict())}
+
+
+# -- private --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reporter:
+    """From ticks to checkpoints, validation, MLflow and the host."""
+
+    order: Order
+    host: Host
+    learner: Learner
+    loader: Loader
+    device: torch.device
+    run: Run | None  # of rank 0
+    summary: dict[str, Any]  # kept in each checkpoint, so that it survives a restart
+    _fixed: Batch | None = None
+
+    def on_tick(self, tick: loop.Tick) -> None:
+        if tick.due_checkpoint and self.order.job.validation and dist.is_main():
+            found = self.learner.validate(self._held_out(self.order.job.validation))
+            tick = dataclasses.replace(
+                tick, metrics={**tick.metrics, **{f"val_{k}": v for k, v in found.items()}}
+            )
+        self._add(tick)
+        if self.run:
+            self._log(self.run, tick)
+        if not (tick.due_checkpoint and dist.is_main()):
+            self.host.report(tick, None)
+            return
+        with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
+            folder = Path(temporary) / f"step-{tick.step:08d}"
+            checkpoint.save(folder, self.learner.state_dict(), self._meta(tick))
+            self.host.report(tick, folder)
+
+    def _add(self, tick: loop.Tick) -> None:
+        images = tick.images - self.summary.get("images", 0)
+        seconds = self.summary.get("train_seconds", 0.0) + images / tick.images_per_second
+        self.summary.update(
+            metrics=tick.metrics,
+            steps=tick.step,
+            images=tick.images,
+            train_seconds=seconds,
+            images_per_second=tick.images / seconds,
+        )
+
+    def _log(self, run: Run, tick: loop.Tick) -> None:
+        speed = {"images_per_second": tick.images_per_second, "images": tick.images, "epoch": tick.epoch}
+        run.metrics({**tick.metrics, **speed}, step=tick.step)
+        if tick.due_preview:
+            for name, picture in self.learner.preview(self._fixed_batch()).items():
+                run.picture(name, picture, step=tick.step)
+
+    def _meta(self, tick: loop.Tick) -> dict[str, Any]:
+        order = self.order
+        return {
+            "step": tick.step,
+            "epoch": tick.epoch,
+            "job": to_dict(order.job),
+            "dataset": order.dataset,
+            "run_id": order.run_id,
+            "commit": order.commit,
+            "world_size": dist.world_size(),
+            "summary": self.summary,
+        }
+
+    def _fixed_batch(self) -> Batch:
+        if self._fixed is None:
+            self._fixed = next(self.loader.batches(start_step=0)).to(self.device)
+        return self._fixed
+
+    def _held_out(self, config: DataConfig) -> Iterator[Batch]:
+        config = dataclasses.replace(config, drop_last=False)  # every row counts once
+        for batch in Loader(config, cache=self.order.workspace.cache).batches(epochs=1):
+            yield batch.to(self.device)
+
+
+@contextmanager
+def _closing(run: Run | None) -> Iterator[None]:
+    """Afterwards everything given to `run` has arrived. An error of the block comes out before one of MLflow."""
+    try:
+        yield
+    except BaseException:
+        if run:
+            with suppress(TrackingError):
+                run.close(seconds=10)
+        raise
+    if run:
+        run.close()
+
+
+def _set_threads(job: loop.TrainJob) -> None:
+    threads = job.loop.threads or (max(1, int(job.cpus_per_worker)) if job.workers else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(job.loop.matmul)
+
+
+def _context(job: loop.TrainJob, loader: Loader) -> LearnerContext:
+    batch_size = job.data.batch_size
+    return LearnerContext(
+        batch_size=batch_size // dist.world_size(),
+        images_per_epoch=loader.rows,
+        total_images=job.loop.total_steps(loader.steps_per_epoch, batch_size) * batch_size,
+        channels=job.data.preprocess.channels,
+        size=job.data.preprocess.size,
+        identities=tuple(loader.identities),
+        makers=tuple(loader.makers),
+        precision=job.loop.precision,
+    )
+
+
+def _resume(learner: Learner, order: Order, host: Host) -> dict[str, Any]:
+    """Load the newest checkpoint into `learner` -> the figures so far."""
+    with host.last_checkpoint() as folder:
+        if folder is None:
+            return {}
+        state, meta = checkpoint.load(folder)
+    if meta["dataset"]["digest"] != order.dataset["digest"]:
+        raise CheckpointError(
+            f"the checkpoint of {order.name} was trained on dataset digest {meta['dataset']['digest'][:12]}, this run "
+            f"reads {order.dataset['digest'][:12]}; give the job another name"
+        )
+    learner.load_state_dict(state)
+    return dict(meta["summary"])
+
+
+def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
+    """The exported networks as a bundle under the run's folder on storage; `bundle.json` is written last."""
+    job = order.job
+    provenance = {
+        "dataset": {name: order.dataset[name] for name in ("uri", "version", "digest")},
+        "sources": order.dataset["sources"],
+        "run_id": order.run_id,
+        "commit": order.commit,
+        "identities": list(loader.identities),
+        "job": to_dict(job),
+    }
+    with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
+        folder = Path(temporary) / "bundle"
+        write_nets(
+            folder,
+            kind=BUNDLE_KINDS[job.task],
+            name=job.name,
+            nets=learner.export(),
+            preprocess=job.data.preprocess,
+            provenance=provenance,
+        )
+        open_store(f"{order.workspace.training}/{order.name}").publish(folder, "bundle", last="bundle.json")
