@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from counterfake import config
-from counterfake.bundle import read
+from counterfake.bundle import read, source_commit
 from counterfake.cluster.group import run_on_ray
 from counterfake.cluster.here import run_here
 from counterfake.cluster.worker import Order, Progress
@@ -74,7 +73,12 @@ def fit(
         return _finish(job, workspace, store, json.loads(store.read("result.json")), reused=True)
     run = _open_run(job, workspace, store, name, dataset, parent_run)
     order = Order(
-        job=job, workspace=workspace, name=name, run_id=run.id, dataset=dataset["training"], commit=_commit()
+        job=job,
+        workspace=workspace,
+        name=name,
+        run_id=run.id,
+        dataset=dataset["training"],
+        commit=source_commit() or "",
     )
     with run:
         if job.workers:
@@ -131,7 +135,7 @@ def _open_run(
         if known["tracking_uri"] == workspace.tracking_uri:
             logger.info("%s goes on as MLflow run %s", name, known["run_id"])
             return tracker.resume(known["run_id"])
-    tags = {"counterfake.run": name, "counterfake.commit": _commit()}
+    tags = {"counterfake.run": name, "counterfake.commit": source_commit() or ""}
     run = tracker.start(job.task, job.name, parent=parent, tags=tags, params=config.to_dict(job))
     for context, facts in dataset.items():
         run.dataset(facts["uri"], facts["version"], facts["digest"], context)
@@ -158,12 +162,3 @@ def _finish(
     known = {field.name for field in dataclasses.fields(TrainResult)}
     figures = {key: value for key, value in result.items() if key in known}
     return TrainResult(**{**figures, "bundle": folder, "registered": registered, "reused": reused})
-
-
-def _commit() -> str:
-    """The commit of the code that runs; "" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

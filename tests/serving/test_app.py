@@ -1,0 +1,429 @@
+"""The whole service on a local Ray cluster: HTTP equals MLflow, bad input is a problem, @champion is followed live,
+counters never fall. One cluster for the module; the tests build on each other in file order."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from counterfake import bundle as bundles
+from counterfake import media, predictor
+from counterfake.ensemble import Ensemble
+from counterfake.errors import MediaError, ServiceError
+from counterfake.forensics.benford import BenfordConfig, features_of
+from counterfake.forensics.forest import BenfordForest, ForestConfig
+from counterfake.images import Preprocess
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.registry import Registry
+from counterfake.workspace import Workspace
+from serving import client
+from serving.settings import Autoscale, Settings
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(420)]
+
+DIGITS = BenfordConfig(qualities=(90,), bases=(10,))
+
+
+def picture(seed: int, side: int = 96, format: str = "jpeg") -> bytes:
+    rng = np.random.default_rng(seed)
+    coarse = np.kron(rng.integers(0, 255, (side // 4, side // 4, 3)), np.ones((4, 4, 1)))
+    pixels = np.clip(coarse + rng.normal(0, 8, coarse.shape), 0, 255).astype(np.uint8)
+    return media.encode(pixels, format)  # type: ignore[arg-type]
+
+
+def net_bundle(folder: Path, seed: int, broken: bool = False) -> Path:
+    torch.manual_seed(seed)
+    config = MobileNetV2Config.tiny()
+    net = config.build()
+    for _ in range(4):  # batch statistics, so that eval mode is not the identity
+        net(torch.rand(8, 3, 64, 64) * 2 - 1)
+    state = {k: v * math.nan if broken and v.is_floating_point() else v for k, v in net.state_dict().items()}
+    made = bundles.write_nets(
+        folder, kind="detector", name="cnn", nets={"detector": (config, state)}, preprocess=Preprocess(size=64), provenance={},
+    )  # fmt: skip
+    return made.folder
+
+
+def ensemble_bundle(folder: Path, seed: int, broken: bool = False, third: bool = False) -> Path:
+    rows = features_of([media.decode(picture(i)) for i in range(12)], DIGITS)
+    forest = BenfordForest.fit(rows, np.arange(12) % 2, ForestConfig(trees=5))
+    digits = bundles.write(
+        folder / "digits", kind="benford", name="digits", config={"benford": DIGITS}, tensors=forest.tensors(),
+        preprocess=None, provenance={},
+    )  # fmt: skip
+    members = {"cnn": net_bundle(folder / "cnn", seed, broken), "digits": digits.folder}
+    if third:
+        members["second-cnn"] = net_bundle(folder / "second", seed + 100)
+    rng, fake = np.random.default_rng(seed), np.arange(200) % 2
+    p = np.clip(0.5 + 0.3 * (fake[:, None] - 0.5) + rng.normal(0, 0.2, (200, len(members))), 0.01, 0.99)
+    made = bundles.write(
+        folder / "both", kind="ensemble", name="ensemble", config={"ensemble": Ensemble.fit(list(members), p, fake).to_dict()},
+        tensors={}, preprocess=None, members=members, provenance={"dataset": {"uri": "faces", "version": 6, "digest": "x"}},
+        evaluation={"auc": {"value": 0.9, "low": 0.8, "high": 0.95}, "n": 200},
+    )  # fmt: skip
+    return made.folder
+
+
+@dataclass
+class Service:
+    url: str
+    workspace: Workspace
+    registry: Registry
+    folders: dict[int, Path]  # bundle by registered version
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=20) as answer:
+            return bytes(answer.read())
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        families = text_string_to_metric_families(self.get("/metrics").decode())
+        return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+    def live(self) -> int:
+        return int(client.models(self.url)["models"][0]["version"])
+
+
+def wait_for(fact: Callable[[], Any], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if fact():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{what}: not within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    import socket
+
+    from counterfake.cluster import session
+    from serving import app
+
+    root = tmp_path_factory.mktemp("service")
+    workspace = Workspace.at(root / "runs")
+    registry = Registry.at(workspace)
+    folders = {}
+    for version in (1, 2, 3, 4):
+        folders[version] = ensemble_bundle(
+            root / f"v{version}", version, broken=version == 3, third=version == 4
+        )
+        assert registry.register(folders[version], "ensemble").version == version
+    registry.promote("ensemble", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = Settings(
+        port=port,
+        poll_seconds=0.5,
+        heartbeat_seconds=0.25,
+        batch_wait_seconds=0.02,  # so that pictures meet in a batch however slow the machine is
+        limits=media.Limits(image_bytes=2_000_000),
+        gateway=Autoscale(
+            min_replicas=2, max_replicas=2, max_queued_requests=-1, max_ongoing_requests=64, cpus=0.1
+        ),
+    )
+    with session.session(cpus=4):
+        url = app.start(settings, workspace)
+        try:
+            yield Service(url, workspace, registry, folders)
+        finally:
+            app.stop()
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_http_gives_the_probability_that_mlflow_gives(service: Service, format: str) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(service.workspace.tracking_uri)
+    model = mlflow.pyfunc.load_model("models:/ensemble@champion")
+    data = picture(5, format=format)
+    answer = client.detect(service.url, data)
+    assert answer["probability_fake"] == pytest.approx(model.predict([data])[0], abs=1e-5)
+    local = predictor.load(service.folders[1]).verdict(data)  # type: ignore[union-attr]
+    for field in ("verdict", "reason", "error_rate", "provenance", "faces"):
+        assert answer[field] == local[field], field
+    assert answer["model"] == local["model"] | {"version": 1}
+    for ours, theirs in zip(answer["detectors"], local["detectors"], strict=True):
+        assert ours == theirs | {"probability": pytest.approx(theirs["probability"], abs=1e-5)}
+
+
+def test_pictures_judged_together_get_the_answers_they_get_alone(service: Service) -> None:
+    pictures = [picture(seed) for seed in range(24)]
+    alone = predictor.load(service.folders[1]).predict_bytes(pictures)
+    answers: dict[int, float] = {}
+
+    def ask(index: int) -> None:
+        answers[index] = client.detect(service.url, pictures[index])["probability_fake"]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[index] for index in range(24)] == pytest.approx(alone, abs=1e-5)
+
+    def batched() -> bool:
+        samples = service.samples()  # a detector reports once a heartbeat
+        pictures, batches = (
+            samples.get((f"counterfake_batch_size_{n}", (("detector", "cnn"),)), 0) for n in ("sum", "count")
+        )
+        return pictures >= 24 and pictures > batches
+
+    wait_for(batched, 15, "24 pictures in fewer than 24 batches")
+
+
+def test_the_small_picture_that_one_detector_refuses_is_judged_by_the_other(service: Service) -> None:
+    answer = client.detect(service.url, picture(3, side=40))
+    assert [(d["name"], d["reason"]) for d in answer["detectors"]] == [("cnn", None), ("digits", "too_small")]
+    assert answer["probability_fake"] is not None
+
+
+BAD = {
+    "empty": (b"", "image/jpeg", 400, "empty"),
+    "text": (b"no picture at all, only words", "image/jpeg", 415, "unsupported"),
+    "declared text": (picture(1), "text/plain", 415, "unsupported"),
+    "truncated": (picture(1)[:500], "image/jpeg", 422, "undecodable"),
+    "tiny": (picture(1, side=8), "image/jpeg", 422, "too_small"),
+    "bomb": (
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60_000).to_bytes(4, "big") * 2 + bytes(9),
+        "image/png",
+        422,
+        "bomb",
+    ),
+    "huge": (picture(1) + bytes(2_000_000), "image/jpeg", 413, "too_large"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_problem_over_http(service: Service, name: str) -> None:
+    body, kind, status, reason = BAD[name]
+    request = urllib.request.Request(f"{service.url}/v1/detect", body, {"Content-Type": kind}, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=20)
+    assert caught.value.code == status
+    assert caught.value.headers["content-type"] == "application/problem+json"
+    assert json.load(caught.value)["reason"] == reason
+
+
+def test_the_client_says_what_is_wrong(service: Service) -> None:
+    with pytest.raises(MediaError, match="JPEG, PNG or WEBP"):
+        client.detect(service.url, b"words")
+    with pytest.raises(ServiceError, match="counterfake serve"):
+        client.detect("http://127.0.0.1:9", picture(1), retries=0)
+
+
+def test_page_docs_models_and_readiness(service: Service) -> None:
+    assert b"Real or fake?" in service.get("/")
+    assert b"openapi.json" in service.get("/docs")
+    assert "/v1/detect" in json.loads(service.get("/openapi.json"))["paths"]
+    assert json.loads(service.get("/readyz"))["model"] == "ensemble/1"
+    model = client.models(service.url)["models"][0]
+    assert model["digest"] == bundles.read(service.folders[1]).digest
+    assert [m["name"] for m in model["members"]] == ["cnn", "digits"]
+    assert model["evaluation"]["auc"]["value"] == 0.9
+
+
+def test_a_port_in_use_is_one_clear_line(service: Service) -> None:
+    from serving.app import _require_free
+
+    port = urllib.parse.urlsplit(service.url).port
+    assert port is not None
+    with pytest.raises(ServiceError, match=f"port {port} .* --port {port + 1}"):
+        _require_free("127.0.0.1", port)
+
+
+def test_a_real_prometheus_scrapes_the_page_and_answers_for_it(
+    service: Service, tmp_path: Path, free_port: int
+) -> None:
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("prometheus is not installed; Debian: apt-get install prometheus")
+    target = urllib.parse.urlsplit(service.url).netloc
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps(
+            {
+                "global": {"scrape_interval": "1s"},
+                "scrape_configs": [{"job_name": "counterfake", "static_configs": [{"targets": [target]}]}],
+            }
+        )
+    )
+    arguments = [
+        binary, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+        f"--web.listen-address=127.0.0.1:{free_port}", "--log.level=error",
+    ]  # fmt: skip
+    client.detect(service.url, picture(9))
+    query = 'sum(counterfake_http_requests_total{route="/v1/detect",status="200"})'
+    address = f"http://127.0.0.1:{free_port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+
+    def answered() -> float:
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                result = json.load(answer)["data"]["result"]
+        except OSError:
+            return 0.0
+        return float(result[0]["value"][1]) if result else 0.0
+
+    server = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: answered() >= 25, 30, "Prometheus did not answer for the request counter")
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+class Traffic:
+    """Requests and scrapes without pause; what they saw."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.stopped = service, threading.Event()
+        self.digests: list[str] = []
+        self.seconds: list[float] = []
+        self.failures: list[str] = []
+        self.fallen: list[str] = []
+        self.threads = [threading.Thread(target=self.post), threading.Thread(target=self.scrape)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def post(self) -> None:
+        seed = 0
+        while not self.stopped.is_set():
+            seed += 1
+            started = time.perf_counter()
+            try:
+                answer = client.detect(self.service.url, picture(seed % 20), retries=0)
+                self.digests.append(answer["model"]["digest"])
+                self.seconds.append(time.perf_counter() - started)
+            except Exception as error:
+                self.failures.append(repr(error))
+
+    def scrape(self) -> None:
+        before: dict[Any, float] = {}
+        while not self.stopped.is_set():
+            try:
+                now = self.service.samples()
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # all of it or nothing
+                    self.failures.append(repr(error))
+                time.sleep(0.2)
+                continue
+            for key, value in before.items():
+                if key[0].endswith(("_total", "_count", "_bucket", "_sum")) and now.get(key, -1.0) < value:
+                    self.fallen.append(f"{key}: {value} -> {now.get(key)}")
+            before = now
+            time.sleep(0.1)
+
+
+def test_moving_champion_is_followed_live_without_a_failed_request(service: Service) -> None:
+    with Traffic(service) as traffic:
+        time.sleep(1.0)
+        moved = time.monotonic()
+        service.registry.promote("ensemble", 2)
+        wait_for(lambda: service.live() == 2, 60, "version 2 is not live")
+        seconds = time.monotonic() - moved
+        time.sleep(1.0)
+    assert traffic.failures == []
+    assert traffic.fallen == []
+    first, second = (bundles.read(service.folders[v]).digest for v in (1, 2))
+    assert set(traffic.digests) == {first, second}
+    data = picture(5)
+    wait_for(lambda: client.detect(service.url, data)["model"]["digest"] == second, 5, "all gateways follow")
+    expected = predictor.load(service.folders[2]).predict_bytes([data])[0]
+    assert client.detect(service.url, data)["probability_fake"] == pytest.approx(expected, abs=1e-5)
+    assert service.samples()["counterfake_model_swaps_total", (("outcome", "live"),)] == 1
+    print(f"\nfollowed in {seconds:.1f} s; {len(traffic.seconds)} requests, p50 {1e3 * np.median(traffic.seconds):.0f} ms, "
+          f"slowest {1e3 * max(traffic.seconds):.0f} ms")  # fmt: skip
+
+
+def test_a_broken_champion_is_refused_and_the_live_one_goes_on(service: Service) -> None:
+    with Traffic(service) as traffic:
+        service.registry.promote("ensemble", 3)
+        wait_for(lambda: client.models(service.url)["following"]["state"] == "refused", 60, "not refused")
+    assert traffic.failures == []
+    assert service.live() == 2
+    following = client.models(service.url)["following"]
+    assert "cnn" in following["detail"]
+    assert following["candidate"] == bundles.read(service.folders[3]).digest
+    assert service.samples()["counterfake_model_swaps_total", (("outcome", "refused"),)] == 1
+    service.registry.rollback("ensemble")
+    wait_for(lambda: client.models(service.url)["following"]["state"] == "live", 30, "back to live")
+
+
+def kill(deployment: str) -> None:
+    import ray
+
+    names = [
+        entry
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+        if f"#{deployment}#" in entry["name"]
+    ]
+    assert names, f"no replica of {deployment}"
+    ray.kill(ray.get_actor(names[0]["name"], names[0]["namespace"]))
+
+
+def test_no_counter_falls_when_control_and_a_gateway_are_killed(service: Service) -> None:
+    for seed in range(5):
+        client.detect(service.url, picture(seed))
+    before = service.samples()
+    kill("control")
+    kill("gateway")
+    with Traffic(service) as traffic:
+        for seed in range(10):
+            client.detect(service.url, picture(seed))
+        wait_for(lambda: _scrapes(service), 60, "metrics are not back")
+        after = service.samples()
+    assert traffic.fallen == []
+    for key, value in before.items():
+        if key[0].endswith("_total"):
+            assert after.get(key, -1.0) >= value, key
+    assert service.live() == 2
+
+
+def _scrapes(service: Service) -> bool:
+    try:
+        service.samples()
+    except urllib.error.HTTPError:
+        return False
+    return True
+
+
+def test_an_ensemble_with_another_detector_gets_its_deployment_without_a_restart(service: Service) -> None:
+    before = service.samples()
+    with Traffic(service) as traffic:
+        service.registry.promote("ensemble", 4)
+        wait_for(lambda: service.live() == 4, 120, "version 4 is not live")
+        time.sleep(1.0)
+    assert traffic.failures == []
+    assert traffic.fallen == []
+    data = picture(5)
+    wait_for(lambda: client.detect(service.url, data)["model"]["version"] == 4, 20, "all gateways follow")
+    answer = client.detect(service.url, data)
+    assert [d["name"] for d in answer["detectors"]] == ["cnn", "digits", "second-cnn"]
+    assert answer["probability_fake"] == pytest.approx(
+        predictor.load(service.folders[4]).predict_bytes([data])[0], abs=1e-5
+    )
+    after = service.samples()
+    assert all(after.get(key, -1.0) >= value for key, value in before.items() if key[0].endswith("_total"))
