@@ -13,7 +13,7 @@ from typing import Any
 
 from counterfake.errors import ConfigError
 
-_PLUMBING = {"__main__", "console", "submit", "doctor"}  # modules here that are no jobs
+_PLUMBING = {"__main__", "benchmarks", "console", "demo_report", "doctor", "submit", "training"}  # no jobs
 
 
 def names() -> list[str]:

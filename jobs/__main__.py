@@ -200,8 +200,23 @@ def data_show(uri: str, home: Home = None, storage: Storage = None, as_json: Jso
     """One version: splits, counts, sources, report, who wrote it."""
     from counterfake.records import Dataset
 
-    dataset = Dataset.open(open_workspace(home, storage).dataset(uri))
-    Console(as_json=as_json).result(dataset.version().describe())
+    console = Console(as_json=as_json)
+    found = Dataset.open(open_workspace(home, storage).dataset(uri)).version().describe()
+    if as_json:
+        return console.result(found)
+    counts = found.pop("counts")
+    console.result(found)
+    console.table("rows", ("split", "label", "maker", "people", "rows"), _rows_by_maker(counts))
+    return None
+
+
+def _rows_by_maker(counts: list[dict[str, Any]]) -> list[tuple[str, str, str, int, int]]:
+    groups: dict[tuple[str, str, str], tuple[set[str], int]] = {}
+    for row in counts:
+        key = (row["split"], {0: "real", 1: "fake"}.get(row["fake"], "unknown"), row["maker"])
+        people, rows = groups.get(key, (set(), 0))
+        groups[key] = (people | {row["identity"]} - {None}, rows + row["rows"])
+    return [(*key, len(people), rows) for key, (people, rows) in sorted(groups.items())]
 
 
 @data_app.command("verify")
@@ -272,8 +287,7 @@ def models_promote(
 def _registry(home: Path | None, storage: str | None, tracking: str | None) -> Any:
     from counterfake.registry import Registry
 
-    workspace = open_workspace(home, storage, tracking)
-    return Registry(workspace.tracking_uri, workspace.bundles)
+    return Registry.at(open_workspace(home, storage, tracking))
 
 
 @app.command()
@@ -293,7 +307,14 @@ def serve(
     settings = config.override(serving.Settings(), changes)
     console = Console()
     console.event(f"starting {settings.model} on {settings.host}:{settings.port} …")
-    serving.start(settings, open_workspace(home, storage, tracking), blocking=True)
+    serving.start(
+        settings,
+        open_workspace(home, storage, tracking),
+        blocking=True,
+        on_ready=lambda url: console.event(
+            f"the page: {url}   API: {url}/docs   metrics: {url}/metrics   (Ctrl-C ends it)"
+        ),
+    )
 
 
 @app.command()
@@ -344,7 +365,7 @@ def _local_judge(model: str, workspace: Workspace) -> Callable[[bytes], dict[str
     from counterfake import predictor
     from counterfake.registry import Registry
 
-    folder = Registry(workspace.tracking_uri, workspace.bundles).fetch(model, workspace.cache)
+    folder = Registry.at(workspace).fetch(model, workspace.cache)
     loaded = predictor.load(folder)
     if not isinstance(loaded, predictor.EnsemblePredictor):
         raise ConfigError(

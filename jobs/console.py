@@ -33,12 +33,12 @@ class Console:
     def event(self, text: str) -> None:
         """One line about something that happened."""
         if not self.quiet:
-            self._err.print(escape(text))
+            self._err.print(escape(text), soft_wrap=True)
 
     def stage(self, text: str) -> None:
         """The heading of a part of a long job."""
         if not self.quiet:
-            self._err.print(f"[bold cyan]▸ {escape(text)}[/]")
+            self._err.print(f"[bold cyan]▸ {escape(text)}[/]", soft_wrap=True)
 
     def error(self, text: str) -> None:
         """A user's mistake: one line, no traceback, also when quiet."""

@@ -9,7 +9,6 @@ import shutil
 import socket
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,15 +148,14 @@ def _storage(workspace: Workspace) -> Iterator[Finding]:
 
 
 def _tracking(workspace: Workspace) -> Iterator[Finding]:
-    from counterfake.tracking import Tracker
+    from counterfake import tracking
 
     uri = workspace.tracking_uri
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
         yield Finding("mlflow", "good", f"{uri} (made at first use)")
         return
     try:
-        with tempfile.TemporaryDirectory():
-            Tracker(uri, workspace.artifacts).ping()
+        tracking.connect(uri)
         yield Finding("mlflow", "good", uri)
     except CounterfakeError as error:
         yield Finding("mlflow", "bad", uri, str(error))

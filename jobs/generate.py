@@ -235,9 +235,10 @@ def swapped(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Itera
         raise ConfigError(f"{model.maker} swaps faces: name the real ones with --set faces=DATASET")
     dataset = Dataset.open(workspace.dataset(job.faces), cache=workspace.cache)
     version = dataset.version(dataset.pinned)
-    facts = {_swap_source(model, name): rights for name, rights in version.sources.items()}
     cast = Cast(model.swap_config.identities, version)
-    return _swaps(job, model, dataset, version, cast, choose(job, dataset, version, cast)), facts
+    chosen = choose(job, dataset, version, cast)
+    facts = {_swap_source(model, name): version.sources[name] for name in set(chosen.values())}
+    return _swaps(job, model, dataset, version, cast, set(chosen)), facts
 
 
 class Cast:
@@ -261,22 +262,23 @@ class Cast:
         return others[_hash(seed, f"target/{sample.id}") % len(others)]
 
 
-def choose(job: GenerateJob, dataset: Dataset, version: Version, cast: Cast) -> set[str]:
-    """Ids of the real faces to swap: those whose hash with the seed is smallest. Raises DataError if there are none."""
-    eligible = []
+def choose(job: GenerateJob, dataset: Dataset, version: Version, cast: Cast) -> dict[str, str]:
+    """{id: source} of the real faces to swap: those whose hash with the seed is smallest. DataError if there are none."""
+    eligible: dict[str, str] = {}
     for split in version.splits:
-        table = dataset.read(version, split, columns=["id", "fake", "face_box", "identity"])
-        eligible += [
-            row["id"]
+        table = dataset.read(version, split, columns=["id", "fake", "face_box", "identity", "source"])
+        eligible |= {
+            row["id"]: row["source"]
             for row in table.to_pylist()
             if row["fake"] == 0 and row["face_box"] is not None and cast.targets(split, row["identity"])
-        ]
+        }
     if not eligible:
         raise DataError(
             f"{job.faces} has no real picture with a face_box; ingest it with --set faces=cascade"
         )
-    eligible.sort(key=lambda identifier: _hash(job.seed, identifier))
-    return set(eligible[: min(job.count, max(1, round(job.fraction * len(eligible))))])
+    ordered = sorted(eligible, key=lambda identifier: _hash(job.seed, identifier))
+    wanted = min(job.count, max(1, round(job.fraction * len(eligible))))
+    return {identifier: eligible[identifier] for identifier in ordered[:wanted]}
 
 
 def _swaps(

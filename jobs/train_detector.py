@@ -108,7 +108,7 @@ def mobilenetv2_demo() -> TrainJob:
         ema_halflife_images=1_000,
         augmentation=AugmentationConfig(probability=0.2),
     )
-    loop = LoopConfig(images=24_000, tick_steps=100)
+    loop = LoopConfig(images=16_000, tick_steps=100)
     return _job("mobilenetv2-demo", "faces-demo", 64, 32, learner, loop, register_as="mobilenetv2-faces")
 
 

@@ -16,9 +16,9 @@ LIBRARY = ROOT / "platform" / "counterfake"
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
     0: "config errors workspace dist storage telemetry",
-    1: "media faces images records versions sources data nets",
+    1: "media faces images order records samples staging versions sources data nets",
     2: "learners forensics evaluation ensemble checkpoint loop",
-    3: "bundle predictor provenance outbox tracking gate registry",
+    3: "bundle scoring predictor scoring provenance outbox tracking gate registry",
     4: "cluster",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -1,0 +1,164 @@
+"""The search on a real local cluster: tiny nets, tiny pictures, real Optuna, ASHA and MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from counterfake import config, media
+from counterfake.cluster.space import SearchSpace
+from counterfake.cluster.tune import search
+from counterfake.data import DataConfig
+from counterfake.errors import ClusterError, ConfigError
+from counterfake.images import Preprocess
+from counterfake.learners.detector import DetectorConfig
+from counterfake.loop import LoopConfig, TrainJob
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.records import Sample, write_version
+from counterfake.storage import open_store
+from counterfake.tracking import Tracker
+from counterfake.workspace import Workspace
+
+pytestmark = pytest.mark.cluster
+
+SPACE = SearchSpace(
+    settings={"learner.lr": {"log": [1e-4, 1e-2]}, "learner.label_smoothing": {"choice": [0.0, 0.1]}}
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with 160 pictures of noise; the fakes are brighter."""
+    space = Workspace.at(tmp_path_factory.mktemp("tune") / "runs")
+    rng = np.random.default_rng(0)
+
+    def samples():
+        for i in range(160):
+            pixels = rng.integers(0, 180, (32, 32, 3), dtype=np.uint8) + np.uint8(60 * (i % 2))
+            yield Sample(image=media.encode(pixels, "png"), fake=i % 2, source="noise", path=str(i))
+
+    write_version(
+        space.dataset("noise"), samples(), sources={"noise": {"licence": "CC0-1.0", "consent": "synthetic"}}
+    )
+    return space
+
+
+def job(name: str, steps: int = 8, workers: int = 0) -> TrainJob:
+    preprocess = Preprocess(size=32)
+    return TrainJob(
+        name=name,
+        task="detector",
+        data=DataConfig(uri="noise", batch_size=16, preprocess=preprocess, threads=1),
+        validation=DataConfig(
+            uri="noise", split="validation", batch_size=16, preprocess=preprocess, threads=1
+        ),
+        learner=DetectorConfig(net=MobileNetV2Config.tiny()),
+        loop=LoopConfig(steps=steps, tick_steps=2, preview_every_ticks=0),
+        workers=workers,
+    )
+
+
+def test_a_search_finds_records_and_returns_the_best(
+    ray_local: object, prepared: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    result = search(job("tiny"), SPACE, prepared, trials=3, on_progress=said.append)
+    assert len(result.trials) == 3
+    assert {t.state for t in result.trials} <= {"finished", "stopped early"}
+    assert result.concurrent == 2  # two CPUs, one for each trial
+    assert result.best.value == max(t.value for t in result.trials if t.value is not None)
+    assert len(said) == 3
+    assert capfd.readouterr().out == ""  # standard output belongs to results
+    assert result.best.state == "finished"
+    assert result.best.steps == 8
+    best = config.override(job("again"), config.load_file(result.settings_file))
+    assert best.learner.lr == result.best.settings["learner.lr"]  # type: ignore[attr-defined]
+    tracker = Tracker.at(prepared)
+    children = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": result.run_id})]
+    assert sorted(c["run_id"] for c in children) == sorted(t.run_id for t in result.trials)
+    assert {c["status"] for c in children} <= {"FINISHED", "KILLED"}
+    assert {c["params"]["learner.lr"] for c in children} == {
+        str(t.settings["learner.lr"]) for t in result.trials
+    }
+    assert {"pictures/search.png", "trials.json", "space.json"} <= set(tracker.files(result.run_id))
+    assert tracker.read(result.run_id)["status"] == "FINISHED"
+    started = time.monotonic()
+    again = search(job("tiny"), SPACE, prepared, trials=3)
+    assert time.monotonic() - started < 2
+    assert again == dataclasses.replace(result, reused=True)
+
+
+def test_a_trial_may_be_a_ray_train_run_of_its_own(ray_local: object, prepared: Workspace) -> None:
+    result = search(job("workers", steps=4, workers=2), SPACE, prepared, trials=1)
+    assert result.concurrent == 1  # two workers fill the two CPUs; the trial itself holds none
+    assert result.best.state == "finished"
+    assert result.best.steps == 4
+    assert result.best.value is not None
+
+
+def test_what_cannot_run_is_refused_before_it_starts(ray_local: object, prepared: Workspace) -> None:
+    with pytest.raises(ClusterError, match=r"needs 3 x 1 CPU, the cluster has room for 2"):
+        search(config.override(job("big"), {"workers": 3, "data.batch_size": 12}), SPACE, prepared, trials=1)
+    with pytest.raises(ConfigError, match=r"did you mean learner\.lr"):
+        search(job("typo"), SearchSpace(settings={"learner.lrr": {"log": [1e-4, 1e-2]}}), prepared, trials=1)
+    with pytest.raises(ConfigError, match="needs held-out rows"):
+        search(dataclasses.replace(job("blind"), validation=None), SPACE, prepared, trials=1)
+    assert not open_store(f"{prepared.storage}/searches").list("big-search")
+
+
+# A search in a process of its own, so that it can be killed as a whole.
+_SCRIPT = """
+import sys, json
+from counterfake import config
+from counterfake.cluster import session
+from counterfake.cluster.space import SearchSpace
+from counterfake.cluster.tune import search
+from counterfake.loop import TrainJob
+from counterfake.workspace import Workspace
+import counterfake.learners, counterfake.nets
+
+order = json.loads(sys.argv[1])
+workspace = config.from_dict(Workspace, order["workspace"])
+job = config.from_dict(TrainJob, order["job"])
+with session.session(workspace, cpus=2):
+    result = search(job, SearchSpace(settings=order["space"]), workspace, trials=4, on_progress=lambda s: print(s, flush=True))
+print(json.dumps([result.run_id, [t.name for t in result.trials], [t.state for t in result.trials]]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_killed_search_goes_on_where_it_was(prepared: Workspace) -> None:
+    order = {
+        "workspace": config.to_dict(prepared),
+        "job": config.to_dict(job("killed", steps=12)),
+        "space": {path: dict(domain) for path, domain in SPACE.settings.items()},
+    }
+    command = [sys.executable, "-c", _SCRIPT, json.dumps(order)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert first.stdout is not None
+    try:
+        assert "trial 1:" in first.stdout.readline()  # one trial is done, others are not
+        time.sleep(3)  # the state of the search is written every two seconds
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)  # the driver and its raylet, GCS and workers
+        first.wait()
+    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=400, check=True)
+    run_id, names, states = json.loads(second.stdout.splitlines()[-1])
+    assert len(set(names)) == 4
+    assert set(states) <= {"finished", "stopped early"}
+    tracker = Tracker.at(prepared)
+    assert tracker.find("detector", {"counterfake.search": tracker.read(run_id)["name"]}) == [run_id]
+    children = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": run_id})]
+    owned = [name for c in children for name in names if c["name"].endswith(f"-{name}")]
+    assert sorted(owned) == sorted(names)  # one run per trial: none was begun twice
+    assert not [c for c in children if c["status"] == "RUNNING"]

@@ -1,0 +1,311 @@
+"""Model versions in a real SQLite-backed MLflow, with bundles on a real file store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from counterfake import bundle, tracking
+from counterfake.errors import CheckpointError, GateError, RegistryError, TrackingError
+from counterfake.gate import Gate
+from counterfake.nets import NetConfig
+from counterfake.registry import ModelVersion, Registry
+from counterfake.tracking import Tracker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegistryLineConfig(NetConfig):
+    """A net of three numbers."""
+
+    def build(self) -> torch.nn.Module:
+        return torch.nn.Linear(2, 1)
+
+    @classmethod
+    def tiny(cls) -> RegistryLineConfig:
+        return cls()
+
+
+def figures(auc: float, worst: float | None = None) -> dict[str, Any]:
+    return {
+        "auc": {"value": auc, "low": auc - 0.1, "high": min(1.0, auc + 0.1)},
+        "recall_real": {"value": 0.8, "low": 0.7, "high": 0.9},
+        "ece": {"value": 0.05, "low": 0.02, "high": 0.09},
+        "n_real": 40,
+        "n_fake": 60,
+        "groups": {},
+        "worst_group": None
+        if worst is None
+        else {"group": "maker", "name": "swap@2", "n": 20, "auc": {"value": worst}},
+    }
+
+
+def made(folder: Path, weight: float, evaluation: dict[str, Any] | None = None) -> Path:
+    net = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(net.weight, weight)
+    torch.nn.init.zeros_(net.bias)
+    provenance = {"dataset": {"uri": "file:///data/faces", "version": 3, "digest": "ab"}, "commit": "c0ffee"}
+    return bundle.write_nets(
+        folder / f"bundle-{weight}",
+        kind="detector",
+        name="line",
+        nets={"detector": (RegistryLineConfig(), net.state_dict())},
+        preprocess={"size": 2},
+        provenance=provenance,
+        evaluation=evaluation,
+    ).folder
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    home = tmp_path_factory.mktemp("registry")
+    return Registry(f"sqlite:///{home}/mlflow.db", (home / "bundles").as_uri(), (home / "artifacts").as_uri())
+
+
+@pytest.fixture
+def three(registry: Registry, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """A model of three versions with AUC 0.6, 0.8, 0.9."""
+    name = request.node.name.partition("[")[0][-60:]
+    for i, auc in enumerate((0.6, 0.8, 0.9)):
+        registry.register(made(tmp_path, float(i), figures(auc, worst=auc - 0.2)), name)
+    return name
+
+
+def test_a_version_carries_its_lineage(registry: Registry, tmp_path: Path) -> None:
+    run = Tracker(registry.tracking_uri, registry.artifacts).start("detector", "line")
+    run.finish()
+    version = registry.register(
+        made(tmp_path, 5.0, figures(0.9)), "lineage", run_id=run.id, tags={"preset": "tiny"}
+    )
+    assert (version.name, version.version, version.run_id, version.aliases) == ("lineage", 1, run.id, ())
+    assert version.tags["dataset"] == "file:///data/faces@3"
+    assert version.tags["dataset_digest"] == "ab"
+    assert version.tags["commit"] == "c0ffee"
+    assert version.tags["auc"] == "0.9000"
+    assert version.tags["preset"] == "tiny"
+    assert version.bundle_uri == f"{registry.bundles_uri}/{version.digest}"
+
+
+def test_the_same_bundle_twice_is_one_version(registry: Registry, tmp_path: Path) -> None:
+    folder = made(tmp_path, 7.0)
+    assert registry.register(folder, "twice") == registry.register(folder, "twice")
+    assert [v.version for v in registry.list("twice")] == [1]
+
+
+def test_a_version_is_found_by_alias_number_and_name(registry: Registry, three: str) -> None:
+    registry.promote(three, 2)
+    assert registry.get(f"{three}@champion").version == 2
+    assert registry.get(f"models:/{three}@champion").version == 2
+    assert registry.get(f"{three}/1").version == 1
+    assert registry.get(three).version == 3
+    assert registry.get(f"{three}/2").aliases == ("champion",)
+    assert three in {v.name for v in registry.list()}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("{}@shadow", "no alias @shadow; versions: 1, 2, 3"),
+        ("{}/9", "no version 9"),
+        ("nobody", "no model 'nobody'"),
+        ("a b", "names no model"),
+    ],
+    ids=["alias", "version", "name", "syntax"],
+)
+def test_what_does_not_exist_is_told_with_what_does(
+    registry: Registry, three: str, reference: str, message: str
+) -> None:
+    with pytest.raises(RegistryError, match=message):
+        registry.get(reference.format(three))
+
+
+def test_the_fetched_bundle_is_the_registered_one(registry: Registry, three: str, tmp_path: Path) -> None:
+    folder = registry.fetch(f"{three}/2", tmp_path / "cache")
+    assert bundle.read(folder).digest == registry.get(f"{three}/2").digest
+    (folder / "weights.safetensors").write_bytes(b"altered")
+    again = registry.fetch(f"{three}/2", tmp_path / "cache")  # a damaged cache heals
+    assert bundle.read(again).digest == registry.get(f"{three}/2").digest
+
+
+def test_a_bundle_altered_in_storage_is_never_served(registry: Registry, three: str, tmp_path: Path) -> None:
+    version = registry.get(three)
+    stored = Path(version.bundle_uri.removeprefix("file://")) / "evaluation.json"
+    good = stored.read_bytes()
+    stored.write_bytes(good.replace(b"0.9", b"0.8"))
+    with pytest.raises(CheckpointError, match=r"evaluation\.json was altered"):
+        registry.fetch(three, tmp_path / "cache")
+    stored.write_bytes(good)
+
+
+def test_an_alias_is_fetched_while_mlflow_is_away(
+    registry: Registry, three: str, tmp_path: Path, free_port: int
+) -> None:
+    registry.promote(three, 2)
+    away = Registry(f"http://127.0.0.1:{free_port}", registry.bundles_uri)
+    folder = away.fetch(f"{three}@champion", tmp_path / "cache")
+    assert bundle.read(folder).digest == registry.get(f"{three}/2").digest
+    with pytest.raises(TrackingError, match="does not answer"):
+        away.fetch(f"{three}/2", tmp_path / "cache")
+
+
+def test_a_gate_names_every_failed_condition_with_both_numbers(registry: Registry, three: str) -> None:
+    gate = Gate(min_auc=0.7, min_worst_group_auc=0.5, min_recall_real=0.75, max_ece=0.01, max_latency_ms=50)
+    with pytest.raises(GateError) as caught:
+        registry.promote(three, 1, gate=gate)
+    message = str(caught.value)
+    assert "auc is 0.6, must be at least 0.7" in message
+    assert "worst_group_auc is 0.4, must be at least 0.5" in message
+    assert "ece is 0.05, must be at most 0.01" in message
+    assert "latency_ms was not measured" in message
+    assert "recall_real" not in message
+    with pytest.raises(RegistryError, match="no alias @champion"):
+        registry.get(f"{three}@champion")
+
+
+def test_a_gate_may_ask_the_pessimistic_end_of_the_interval() -> None:
+    assert Gate(min_auc=0.85).check(figures(0.9)) == []
+    assert Gate(min_auc=0.85, interval=True).check(figures(0.9)) == [
+        "auc is 0.8 (low end of its interval), must be at least 0.85"
+    ]
+    assert Gate(min_rows=50).check(figures(0.9)) == ["rows is 40, must be at least 50"]
+    assert Gate(min_auc=0.5).check(None) == ["the bundle has no evaluation.json; evaluate it first"]
+    assert Gate().check(None) == []
+
+
+def test_a_worse_model_does_not_follow_a_better_one(registry: Registry, three: str) -> None:
+    gate = Gate(max_auc_drop=0.02)
+    registry.promote(three, 3, gate=gate)
+    with pytest.raises(GateError, match=r"auc is 0.8, must be at least 0.88"):
+        registry.promote(three, 2, gate=gate)
+    assert registry.get(f"{three}@champion").version == 3
+
+
+def test_rollback_walks_back_through_what_was_champion(registry: Registry, three: str) -> None:
+    for version in (1, 2, 3):
+        registry.promote(three, version)
+    assert registry.rollback(three).version == 2
+    assert registry.rollback(three).version == 1
+    with pytest.raises(RegistryError, match="no earlier version"):
+        registry.rollback(three)
+    assert [record["version"] for record in registry.promotions(three)] == [1, 2, 3, 2, 1]
+
+
+def test_of_two_promotions_that_expect_the_same_one_wins(registry: Registry, three: str) -> None:
+    def attempt(version: int, now: int, barrier: threading.Barrier) -> ModelVersion | RegistryError:
+        barrier.wait()
+        try:
+            return registry.promote(three, version, expected=now)
+        except RegistryError as error:
+            return error
+
+    now = registry.promote(three, 1).version
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(25):
+            barrier, others = threading.Barrier(2), [v for v in (1, 2, 3) if v != now]
+            outcome = list(pool.map(attempt, others, (now, now), (barrier, barrier)))
+            lost = [o for o in outcome if isinstance(o, RegistryError)]
+            won = [o for o in outcome if isinstance(o, ModelVersion)]
+            assert (len(lost), len(won)) == (1, 1)
+            assert "somebody" in str(lost[0])
+            now = registry.get(f"{three}@champion").version
+            assert now == won[0].version
+
+
+def test_bundles_and_promotions_live_on_object_storage(registry: Registry, tmp_path: Path, s3: Any) -> None:
+    remote = Registry(registry.tracking_uri, f"{s3.uri}/bundles", registry.artifacts)
+    for weight in (1.0, 2.0):
+        remote.register(made(tmp_path, weight, figures(0.9)), "on-s3")
+    remote.promote("on-s3", 1, gate=Gate(min_auc=0.8))
+    with pytest.raises(RegistryError, match="version 1, not none as expected"):
+        remote.promote("on-s3", 2, expected=0)
+    folder = remote.fetch("on-s3@champion", tmp_path / "cache")
+    assert bundle.read(folder).digest == remote.get("on-s3/1").digest
+
+
+def test_an_alias_moved_by_hand_is_repaired_by_the_next_promotion(registry: Registry, three: str) -> None:
+    registry.promote(three, 1)
+    tracking.connect(registry.tracking_uri).set_registered_model_alias(three, "champion", "3")
+    assert registry.get(f"{three}@champion").version == 3
+    assert registry.promote(three, 2).aliases == ("champion",)
+
+
+def test_no_artefact_of_a_version_is_a_pickle(registry: Registry, three: str) -> None:
+    home = Path(registry.artifacts.removeprefix("file://"))  # type: ignore[union-attr]
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert any(path.name == "MLmodel" for path in files)
+    assert {path.suffix for path in files} <= {
+        "",
+        ".py",
+        ".yaml",
+        ".txt",
+        ".json",
+        ".safetensors",
+        ".md",
+        ".png",
+    }
+    assert not [
+        path
+        for path in files
+        if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x@y"])
+def test_a_name_that_is_no_name_is_refused(registry: Registry, tmp_path: Path, name: str) -> None:
+    with pytest.raises(RegistryError, match="must be letters"):
+        registry.register(tmp_path, name)
+
+
+def test_the_registered_pyfunc_gives_the_predictors_probabilities(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import numpy as np
+
+    from counterfake import media, predictor
+    from counterfake.images import Preprocess
+    from counterfake.nets.mobilenetv2 import MobileNetV2Config
+
+    config = MobileNetV2Config.tiny()
+    folder = bundle.write_nets(
+        tmp_path / "detector",
+        kind="detector",
+        name="tiny",
+        nets={"detector": (config, config.build().state_dict())},
+        preprocess=Preprocess(size=32),
+        provenance={},
+    ).folder
+    registry.register(folder, "pyfunc")
+    registry.promote("pyfunc", 1)
+    noise = np.random.default_rng(0).integers(0, 255, (2, 40, 40, 3), dtype=np.uint8)
+    pictures = [media.encode(pixels, "png") for pixels in noise]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry.tracking_uri)
+    loaded = mlflow.pyfunc.load_model("models:/pyfunc@champion")
+    assert loaded.predict(pictures) == pytest.approx(predictor.load(folder).predict_bytes(pictures), abs=1e-6)
+    assert json.loads(json.dumps(loaded.metadata.metadata))["kind"] == "detector"
+
+
+def test_a_registered_generator_paints_one_picture_per_seed(registry: Registry, tmp_path: Path) -> None:
+    from counterfake import media
+    from counterfake.images import Preprocess
+    from counterfake.nets.dcgan import DcganGenerator
+    from counterfake.registry import opened
+
+    config = DcganGenerator.tiny()
+    nets = {"generator": (config, config.build().state_dict())}
+    folder = bundle.write_nets(
+        tmp_path / "g", kind="generator", name="tiny", nets=nets, preprocess=Preprocess(), provenance={}
+    ).folder
+    registry.register(folder, "generator")
+    paint = opened(folder)
+    first, second = paint([1, 2])
+    assert media.sniff(first) == "png"
+    assert paint([1]) == [first]
+    assert first != second
