@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class Console:
         self.quiet = quiet
         self.as_json = as_json
         self._err = RichConsole(stderr=True, highlight=False)
-        self._out = RichConsole(highlight=False)
+        # a pipe has no width: nothing is cut off there
+        self._out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 240)
 
     def event(self, text: str) -> None:
         """One line about something that happened."""
@@ -74,13 +76,22 @@ class Console:
     def result(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
         """The outcome of a command: JSON for machines, aligned lines for people."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+            sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
         elif isinstance(value, Mapping):
             for line in _lines(value):
                 self._out.print(line, soft_wrap=True)
         else:
             for item in value:
                 self._out.print(escape(str(item)), soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _cell(value: Any) -> str:

@@ -29,6 +29,7 @@ import jobs
 from counterfake import config
 from counterfake.cluster import session
 from counterfake.errors import ConfigError, DataError, ServiceError
+from counterfake.gate import CHAMPION, Gate
 from counterfake.records import Dataset, Sample
 from counterfake.storage import write_atomic
 from counterfake.workspace import Workspace
@@ -54,6 +55,8 @@ class DemoJob:
     pictures: int = 10  # held-out pictures posted to the service
     identities: int = 48  # procedural people
     per_identity: int = 18  # pictures of each
+    scale: float = 1.0  # of every training's length; 0.1 is a quick look that detects little
+    gate: Gate = CHAMPION  # before @champion
 
 
 PRESETS = {"demo": DemoJob}
@@ -107,12 +110,15 @@ class _Walk:
         self.stages[name] = {"seconds": round(time.perf_counter() - started, 2), **result}
         self.console.event(f"  {self.stages[name]['seconds']:.0f} s")
 
-    def do(self, job: str, preset: str, **changes: Any) -> dict[str, Any]:
-        """One ordinary job with its preset; `__` in a name stands for the dot of a path."""
+    def do(self, job: str, preset: str, *, scaled: str = "", **changes: Any) -> dict[str, Any]:
+        """One ordinary job with its preset; `__` in a name stands for the dot of a path, `scaled` is its duration."""
         module = jobs.load(job)
+        made = jobs.preset(module, preset)
         dotted = {path.replace("__", "."): value for path, value in changes.items()}
-        resolved = config.override(jobs.preset(module, preset), dotted)
-        return dict(module.run(resolved, self.workspace, console=self.console))
+        if scaled:
+            duration = config.flatten(config.to_dict(made))[scaled]
+            dotted[scaled] = max(1, round(duration * self.job.scale))
+        return dict(module.run(config.override(made, dotted), self.workspace, console=self.console))
 
     def finish(self) -> dict[str, Any]:
         summary = {
@@ -132,20 +138,20 @@ class _Walk:
 
 def _dataset(walk: _Walk) -> dict[str, Any]:
     """People who do not exist, into versioned Arrow shards"""
-    job = walk.job
-    made = walk.do(
-        "ingest", "synthetic-faces-demo", into=FACES,
-        source__identities=job.identities, source__per_identity=job.per_identity, source__size=128,
-    )  # fmt: skip
-    result = {"faces": _ingested(made)}
-    if job.data:
+    job, result = walk.job, {}
+    if job.data:  # first: what is wrong with a folder shows at once
         own = walk.do(
             "ingest", "folder", into="demo-own",
             source__path=job.data, source__licence=job.licence, source__consent=job.consent,
             splits__fractions=OWN_SPLITS,
         )  # fmt: skip
         result["own"] = _ingested(own)
-    return result
+        _alpha(walk)
+    made = walk.do(
+        "ingest", "synthetic-faces-demo", into=FACES,
+        source__identities=job.identities, source__per_identity=job.per_identity, source__size=128,
+    )  # fmt: skip
+    return {"faces": _ingested(made), **result}
 
 
 def _ingested(result: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +161,9 @@ def _ingested(result: dict[str, Any]) -> dict[str, Any]:
 
 def _gan(walk: _Walk) -> dict[str, Any]:
     """A DCGAN on the real faces, data-parallel on Ray Train workers"""
-    made = walk.do("train-gan", "dcgan-faces-demo", data__uri=FACES, workers=walk.job.workers)
+    made = walk.do(
+        "train-gan", "dcgan-faces-demo", scaled="loop.steps", data__uri=_real(walk.workspace), workers=walk.job.workers
+    )  # fmt: skip
     walk.extras["gan_run"] = made["run_id"]
     return _trained(made)
 
@@ -164,8 +172,8 @@ def _swap(walk: _Walk) -> dict[str, Any]:
     """A face swap, one encoder for everyone and a decoder per person, on Ray Train workers"""
     people = _people(walk.workspace)
     made = walk.do(
-        "train-swap", "swap-demo", data__uri=FACES, data__split="*", data__where={"fake": 0, "identity": people},
-        workers=walk.job.workers, cpus_per_worker=0.5,
+        "train-swap", "swap-demo", scaled="loop.images", data__uri=_real(walk.workspace), data__split="*",
+        data__where={"fake": 0, "identity": people}, workers=walk.job.workers, cpus_per_worker=0.5,
     )  # fmt: skip
     walk.extras["swap_run"] = made["run_id"]
     return {**_trained(made), "people": people}
@@ -182,7 +190,9 @@ def _fakes(walk: _Walk) -> dict[str, Any]:
 
 def _tune(walk: _Walk) -> dict[str, Any]:
     """Ray Tune searches the detector's settings: Optuna proposes, ASHA stops the weak"""
-    found = walk.do("tune-detector", "detector-demo", **_both(walk.data, "train__"))
+    found = walk.do(
+        "tune-detector", "detector-demo", scaled="train.loop.images", **_both(walk.data, "train__")
+    )
     walk.extras["tune_run"] = found["run_id"]
     trials = [
         {k: t[k] for k in ("name", "settings", "value", "steps", "state", "run_id")} for t in found["trials"]
@@ -195,7 +205,8 @@ def _detector(walk: _Walk) -> dict[str, Any]:
     """MobileNetV2 trained with the settings the search found"""
     settings = config.load_file(walk.stages["tune"]["settings_file"])
     changes = {path.replace(".", "__"): value for path, value in settings.items()}
-    made = walk.do("train-detector", "mobilenetv2-demo", **{**changes, **_both(walk.data)})
+    changes |= _both(walk.data)
+    made = walk.do("train-detector", "mobilenetv2-demo", scaled="loop.images", **changes)
     walk.extras["detector_run"] = made["run_id"]
     return {**_trained(made), "settings": settings}
 
@@ -216,6 +227,7 @@ def _ensemble(walk: _Walk) -> dict[str, Any]:
         data__uri=walk.data,
         test__uri=walk.data,
         alpha=_alpha(walk),
+        gate=walk.job.gate,
         register_as=ENSEMBLE,
     )
     walk.extras["ensemble_run"] = made.get("run_id")
@@ -312,6 +324,12 @@ def _trained(result: dict[str, Any]) -> dict[str, Any]:
         "reused",
     )
     return {key: result[key] for key in keys}
+
+
+def _real(workspace: Workspace) -> str:
+    """The newest version of the faces before any fake: run again, the demo finds its generators trained on it."""
+    versions = Dataset.open(workspace.dataset(FACES)).history()
+    return f"{FACES}@{max(v.number for v in versions if v.names('maker') == ['camera'])}"
 
 
 def _people(workspace: Workspace) -> list[str]:

@@ -56,7 +56,7 @@ class EvaluateJob:
             raise ConfigError("threshold lies between 0 and 1; bootstraps and limit are at least 0")
 
 
-PRESETS: dict[str, Callable[[], EvaluateJob]] = {"evaluate": EvaluateJob}
+PRESETS: dict[str, Callable[[], EvaluateJob]] = {"detector": EvaluateJob}
 
 
 def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from counterfake.errors import ConfigError
 from counterfake.evaluation import detection, report
 from counterfake.evaluation.card import percent
 from counterfake.evaluation.report import Json, Section, Table, Text
-from counterfake.gate import Gate
+from counterfake.gate import CHAMPION, Gate
 from counterfake.predictor import Predictor
 from counterfake.registry import Registry
 from counterfake.scoring import Scored
@@ -55,7 +55,7 @@ class EnsembleJob:
     limit: int = 0  # pictures of each split; 0 = all
     register_as: str = "ensemble"  # name in the registry; "" = not registered, not promoted
     promote: str = "champion"  # alias to move to it when the gate passes; "" = none
-    gate: Gate = dataclasses.field(default_factory=lambda: Gate(min_auc=0.75, min_recall_real=0.7))
+    gate: Gate = dataclasses.field(default_factory=lambda: CHAMPION)
 
     def __post_init__(self) -> None:
         same = self.test.uri in ("", self.data.uri) and self.test.split == self.data.split

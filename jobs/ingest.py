@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ def run(job: IngestJob, workspace: Workspace, *, console: Console | None = None)
         )
     result = _summary(uri, version, report, time.monotonic() - started)
     console.event(_sentence(result))
+    if unlabelled := sum(row["rows"] for row in version.counts if _says_nothing(row)):
+        console.event(
+            f"{unlabelled} of its pictures have no label, detectors cannot learn from them; "
+            "--set append=false with source.fake=0 (real) or 1 (fake) writes them with one"
+        )
     return result
 
 
@@ -175,13 +180,14 @@ def _check_rights(source: SourceConfig) -> None:
 
 def _checked(job: IngestJob) -> Iterator[Sample | Skipped]:
     """Every picture of the source, decoded; raises DataError at the end when too many were refused."""
-    seen, skipped = 0, []
+    seen, unlabelled, skipped = 0, 0, []
     workers = threading.local()
     with ThreadPoolExecutor(job.threads, thread_name_prefix="decode") as pool:
         for chunk in _chunks(job.source.samples()):
             for item in pool.map(lambda sample: _check(sample, job, workers), chunk):
                 seen += 1
                 skipped += [item] if isinstance(item, Skipped) else []
+                unlabelled += isinstance(item, Sample) and item.fake is None and item.identity is None
                 yield item
     if not seen:
         raise DataError(f"{job.source.path or job.source.label} holds no files; check source.path")
@@ -191,6 +197,15 @@ def _checked(job: IngestJob) -> Iterator[Sample | Skipped]:
             f"{len(skipped)} of {seen} files cannot be used, more than max_skipped_fraction={job.max_skipped_fraction:g} "
             f"allows; nothing was written. First: {named}"
         )
+    if unlabelled and isinstance(job.source, FolderSource) and job.source.layout == "auto":
+        raise DataError(
+            f"{unlabelled} pictures of {job.source.path} lie in no folder called real or fake, so they have no label; "
+            "nothing was written. --set source.fake=0 (real) or 1 (fake), or keep them without: --set source.layout=flat"
+        )
+
+
+def _says_nothing(row: Mapping[str, Any]) -> bool:
+    return row["fake"] is None and row["class_id"] is None
 
 
 def _chunks(samples: Iterable[Sample | Skipped]) -> Iterator[list[Sample | Skipped]]:

@@ -10,12 +10,13 @@ import asyncio
 import json
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from counterfake import config
-from counterfake.errors import ClusterError
+from counterfake.errors import ClusterError, ConfigError
 from counterfake.workspace import Workspace
 from jobs.console import Console
 
@@ -46,6 +47,8 @@ def entrypoint(job: str, preset: str | None, resolved: Any, base: Any, workspace
 
 def submit(command: str, *, address: str, follow: bool, working_dir: Path | None, console: Console) -> int:
     """Exit status of the job: 0 succeeded, 1 failed or stopped."""
+    if working_dir and not working_dir.is_dir():
+        raise ConfigError(f"working directory {working_dir} is no folder; name the source tree to upload")
     client = _client(address)
     runtime_env: dict[str, Any] = {
         "env_vars": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
@@ -60,7 +63,7 @@ def submit(command: str, *, address: str, follow: bool, working_dir: Path | None
         console.result({"job_id": job_id, "address": address})
         return 0
     try:
-        asyncio.run(_follow(client, job_id, console))
+        asyncio.run(_follow(client, job_id, sys.stderr if console.as_json else sys.stdout))
     except KeyboardInterrupt:
         console.event(
             f"{job_id} goes on; `ray job logs {job_id}` follows it, `ray job stop {job_id}` ends it"
@@ -82,9 +85,9 @@ def _client(address: str) -> Any:
         raise ClusterError(f"no Ray cluster answers at {address}: {text}; {hint}") from error
 
 
-async def _follow(client: Any, job_id: str, console: Console) -> None:
+async def _follow(client: Any, job_id: str, stream: TextIO) -> None:
     async for text in client.tail_job_logs(job_id):
-        print(text, end="", flush=True)
+        print(text, end="", flush=True, file=stream)
 
 
 def _finish(client: Any, job_id: str, address: str, console: Console) -> int:
@@ -95,7 +98,10 @@ def _finish(client: Any, job_id: str, address: str, console: Console) -> int:
             break
         time.sleep(0.5)  # the log can end a moment before the status changes
     console.event(f"{job_id} {info.status.value.lower()}" + (f": {info.message}" if info.message else ""))
-    return 0 if info.status.value == "SUCCEEDED" else 1
+    status = info.status.value
+    if console.as_json:
+        console.result({"job_id": job_id, "address": address, "status": status, "message": info.message})
+    return 0 if status == "SUCCEEDED" else 1
 
 
 def _text(value: Any) -> str:

@@ -36,6 +36,7 @@ from counterfake.tracking import Tracker
 from counterfake.versions import Version
 from counterfake.workspace import Workspace
 from jobs.console import Console
+from jobs.training import both_classes
 
 CHUNK = 64  # pictures a process is given at a time
 PENDING = 4  # chunks ahead of each process
@@ -64,8 +65,7 @@ class BenfordJob:
 def run(job: BenfordJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Features, trees, validation, bundle; returns where model and run are and the figures."""
     console, started = console or Console(quiet=True), time.perf_counter()
-    if not job.data.uri:
-        raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
+    both_classes([job.data], workspace)
     job = config.override(job, {"data.uri": workspace.dataset(job.data.uri)})
     dataset = Dataset.open(job.data.uri, cache=workspace.cache)
     version = dataset.version()

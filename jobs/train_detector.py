@@ -17,53 +17,20 @@ from collections.abc import Callable
 from typing import Any
 
 from counterfake.data import DataConfig
-from counterfake.errors import ConfigError, DataError
 from counterfake.images import Preprocess
 from counterfake.learners.augmentation import AugmentationConfig
 from counterfake.learners.detector import DetectorConfig
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
-from counterfake.records import Dataset
-from counterfake.versions import fits
 from counterfake.workspace import Workspace
 from jobs.console import Console
-from jobs.training import train
+from jobs.training import both_classes, train
 
 
 def run(job: TrainJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Check that both classes are there, train, and return where model, checkpoint and run are."""
-    (console or Console(quiet=True)).event(_classes(job, workspace))
+    (console or Console(quiet=True)).event(both_classes([job.data, job.validation], workspace))
     return train(job, workspace, console)
-
-
-def _classes(job: TrainJob, workspace: Workspace) -> str:
-    """How many real and fake pictures each split has, as a sentence. Raises DataError where a class is missing."""
-    if not job.data.uri:
-        raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
-    parts = []
-    for data in (job.data, job.validation):
-        if data is None:
-            continue
-        real, fake = (_rows(data, label, workspace) for label in (0, 1))
-        if not real or not fake:
-            raise DataError(
-                f"a detector needs both classes, but {data.uri} split {data.split} has {real} real and {fake} fake"
-                " pictures; add the missing ones (counterfake run generate makes fakes) or choose another dataset"
-            )
-        parts.append(f"{data.split} {real} real, {fake} fake")
-    return "; ".join(parts)
-
-
-def _rows(data: DataConfig, label: int, workspace: Workspace) -> int:
-    dataset = Dataset.open(workspace.dataset(data.uri))
-    rules = {k: v for k, v in data.where.items() if k in ("fake", "maker", "identity", "class_id")}
-    return sum(
-        row["rows"]
-        for row in dataset.version(dataset.pinned).counts
-        if row["split"] == data.split
-        and row["fake"] == label
-        and all(fits(row[k], v) for k, v in rules.items())
-    )
 
 
 # -- presets --------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def with_people(job: TrainJob, workspace: Workspace) -> TrainJob:
     if len(people) < 2:
         raise DataError(
             f"face swapping needs two people with {MIN_PICTURES} pictures each; {job.data.uri} split {job.data.split} has"
-            f" {len(counts)} people with {max(counts.values(), default=0)} pictures at most"
+            f" {len(counts)} people with {max(counts.values(), default=0)} pictures at most; ingest one folder per person, or more of each"
         )
     where = {**job.data.where, "identity": people}
     return dataclasses.replace(job, data=dataclasses.replace(job.data, where=where))

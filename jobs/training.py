@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
+from counterfake.data import DataConfig
+from counterfake.errors import ConfigError, DataError
 from counterfake.loop import Tick, TrainJob
+from counterfake.records import Dataset
+from counterfake.versions import fits
 from counterfake.workspace import Workspace
 from jobs.console import Console
 
@@ -40,6 +45,46 @@ def train(job: TrainJob, workspace: Workspace, console: Console | None = None) -
         "registered": result.registered,
         "reused": result.reused,
     }
+
+
+def both_classes(parts: Iterable[DataConfig | None], workspace: Workspace) -> str:
+    """How many real and fake pictures each split has, as a sentence. Raises DataError where a class is missing."""
+    found = []
+    for data in parts:
+        if data is None:
+            continue
+        if not data.uri:
+            raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
+        real, fake, unlabelled = (_rows(data, label, workspace) for label in (0, 1, None))
+        if not real or not fake:
+            raise DataError(
+                f"a detector needs both classes, but {data.uri} split {data.split} has {real} real and {fake} fake "
+                f"pictures{f' and {unlabelled} without a label' if unlabelled else ''}; "
+                + _remedy(data, unlabelled)
+            )
+        found.append(f"{data.split} {real} real, {fake} fake")
+    return "; ".join(found)
+
+
+def _remedy(data: DataConfig, unlabelled: int) -> str:
+    if unlabelled:
+        return "ingest them again with --set append=false and --set source.fake=0 (real) or 1 (fake)"
+    where = f", look at data.where={data.where}" if data.where else ""
+    return f"add the missing ones (counterfake run generate makes fakes){where} or choose another dataset"
+
+
+def _rows(data: DataConfig, label: int | None, workspace: Workspace) -> int:
+    dataset = Dataset.open(workspace.dataset(data.uri))
+    version = dataset.version(dataset.pinned)
+    version.shards(data.split)  # a split that does not exist is refused here
+    rules = {k: v for k, v in data.where.items() if k in ("fake", "maker", "identity", "class_id")}
+    return sum(
+        row["rows"]
+        for row in version.counts
+        if data.split in ("*", row["split"])
+        and row["fake"] == label
+        and all(fits(row[k], v) for k, v in rules.items())
+    )
 
 
 class _Bar:

@@ -22,6 +22,7 @@ from counterfake.loop import TrainJob
 from counterfake.workspace import Workspace
 from jobs import train_detector
 from jobs.console import Console
+from jobs.training import both_classes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def run(job: TuneJob, workspace: Workspace, *, console: Console | None = None) -
     from counterfake.cluster.tune import search  # not at import: a preset must not load MLflow
 
     console = console or Console(quiet=True)
+    console.event(both_classes([job.train.data, job.train.validation], workspace))
     space = SearchSpace.from_file(job.space_file) if job.space_file else SearchSpace(settings=job.space)
     console.stage(
         f"search {', '.join(space.settings)} around {job.base} on {job.train.data.uri}: {job.trials} trials"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from counterfake.errors import MediaError, ServiceError
+from counterfake.errors import ConfigError, MediaError, ServiceError
 from counterfake.media import sniff
 
 RETRY_STATUS = (429, 502, 503, 504)
@@ -22,14 +23,21 @@ def detect(url: str, data: bytes | str | Path, *, timeout: float = 60.0, retries
     kind = sniff(body)
     content_type = f"image/{kind}" if kind in ("jpeg", "png", "webp") else "application/octet-stream"
     request = urllib.request.Request(
-        f"{url.rstrip('/')}/v1/detect", data=body, headers={"Content-Type": content_type}, method="POST"
+        _endpoint(url, "v1/detect"), data=body, headers={"Content-Type": content_type}, method="POST"
     )
     return _send(request, timeout, retries)
 
 
 def models(url: str, *, timeout: float = 10.0) -> dict[str, Any]:
     """What GET /v1/models says."""
-    return _send(urllib.request.Request(f"{url.rstrip('/')}/v1/models"), timeout, 0)
+    return _send(urllib.request.Request(_endpoint(url, "v1/models")), timeout, 0)
+
+
+def _endpoint(url: str, path: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"url {url!r} is no address of a service; write http://host:port")
+    return f"{url.rstrip('/')}/{path}"
 
 
 def _send(request: urllib.request.Request, timeout: float, retries: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -112,6 +113,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"settings file {path} is no text; write YAML, TOML or JSON in UTF-8") from error
     try:
         tree = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
@@ -233,7 +236,8 @@ def _convert_literal(choices: tuple[Any, ...], value: Any, path: str) -> Any:
             return choice
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{path} is {value!r}; expected one of {', '.join(map(str, choices))}{hint}")
+    known = ", ".join(str(choice) for choice in choices if choice != "")
+    raise ConfigError(f"{path} is {value!r}; expected one of {known}{hint}")
 
 
 def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -269,6 +273,8 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
             return str(value)
         raise _wrong(path, "text", value)
     parsed = _parse(value) if isinstance(value, str) else value
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise _wrong(path, "a finite number", value)
     if hint is bool and isinstance(parsed, bool):
         return parsed
     if (

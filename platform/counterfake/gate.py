@@ -52,6 +52,11 @@ class Gate:
         return f"{metric} is {value:.4g}{which}, must be {'at least' if kind == 'min' else 'at most'} {bound:.4g}"
 
 
+CHAMPION = Gate(
+    min_auc=0.75, min_recall_real=0.7
+)  # before @champion, unless a job or a person says otherwise
+
+
 def figure(evaluation: Mapping[str, Any], metric: str, end: str) -> float | None:
     """A number of evaluation.json; `end` is value, low or high."""
     if metric == "rows":

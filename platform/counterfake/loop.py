@@ -44,7 +44,7 @@ class LoopConfig:
         given = {k: v for k in ("steps", "epochs", "images") if (v := getattr(self, k))}
         if len(given) != 1 or min(given.values()) < 0:
             raise ConfigError(
-                f"loop needs exactly one positive duration of steps, epochs, images; got {given or 'none'}"
+                f"loop needs exactly one positive duration of steps, epochs, images; got {given or 'none'}; set the others to 0"
             )
         if self.tick_steps < 0 or self.checkpoint_every_ticks < 1 or self.keep_checkpoints < 1:
             raise ConfigError(

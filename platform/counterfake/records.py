@@ -210,6 +210,8 @@ def write_version(
     Raises DataError for no samples, mixed kinds or sizes, a source without licence and consent.
     """
     dataset = Dataset.open(uri, cache=cache)
+    if dataset.pinned is not None:
+        raise ConfigError(f"{uri} names a version, which never changes; write to the dataset, without @N")
     _check_sources(sources)
     if not dataset.store.is_local:
         probe(dataset.store).require(dataset.store.uri)

@@ -107,7 +107,7 @@ class Registry:
         name, alias, number = _parse(reference)
         versions = self._versions(name)
         if not versions:
-            raise RegistryError(f"no model {name!r} in MLflow at {self.tracking_uri}; {self._known_names()}")
+            raise self._unknown(name)
         for version in reversed(versions):
             if (alias in version.aliases) if alias else number in (None, version.version):
                 return version
@@ -119,9 +119,12 @@ class Registry:
         )
 
     def list(self, name: str | None = None) -> Versions:
-        """All versions, of one model or of all, oldest first within a name."""
+        """All versions, of one model or of all, oldest first within a name. RegistryError for an unknown name."""
         if name is not None:
-            return self._versions(name)
+            found = self._versions(_parse(name)[0])
+            if not found:
+                raise self._unknown(name)
+            return found
         return [version for known in self._names() for version in self._versions(known)]
 
     def fetch(self, reference: str, cache: Path) -> Path:
@@ -233,13 +236,14 @@ class Registry:
         with errors(self.tracking_uri):
             return tuple(sorted(m.name for m in self._client.search_registered_models(max_results=1000)))
 
-    def _known_names(self) -> str:
+    def _unknown(self, name: str) -> RegistryError:
         names = self._names()
-        return (
+        there = (
             f"it has {', '.join(names[:10])}"
             if names
-            else "it has none yet; a training job with register_as makes one"
+            else "it has none yet: a training job with register_as makes one, `counterfake run fit-ensemble` an ensemble"
         )
+        return RegistryError(f"no model {name!r} in MLflow at {self.tracking_uri}; {there}")
 
     def _versions(self, name: str) -> Versions:
         with errors(self.tracking_uri):
@@ -271,7 +275,10 @@ class Registry:
         before = self._evaluation(self.get(f"{chosen.name}/{current}").digest) if current else None
         failed = gate.check(self._evaluation(chosen.digest), before)
         if failed:
-            raise GateError(f"{chosen.reference} does not become @{alias}: {'; '.join(failed)}")
+            stays = f"stays version {current}" if current else "is not set"
+            raise GateError(
+                f"{chosen.reference} does not become @{alias}: {'; '.join(failed)}; @{alias} {stays}"
+            )
 
     def _evaluation(self, digest: str) -> dict[str, Any] | None:
         try:

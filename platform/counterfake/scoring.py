@@ -63,8 +63,12 @@ class Scored:
         """Only the rows that every detector answered. DataError if a class is then missing."""
         rows = self.where(np.asarray(np.isfinite(self.matrix()).all(axis=1)))
         if len(np.unique(rows.fake)) < 2:
+            refused = {name: reasons for name, reasons in self.refused.items() if reasons}
             raise DataError(
-                f"{self.uri}: of {len(self.fake)} pictures only {len(rows.fake)} could be answered: {self.refused}"
+                f"{self.uri} needs real and fake pictures to be judged on, but of {len(self.fake)} labelled ones "
+                f"{len(rows.fake)} could be answered, {int((rows.fake == 0).sum())} real and "
+                f"{int((rows.fake == 1).sum())} fake{f'; refused: {refused}' if refused else ''}; "
+                "choose another dataset or split"
             )
         return rows
 

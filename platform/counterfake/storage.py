@@ -184,6 +184,10 @@ def probe(store: Store) -> Capabilities:
     where = (store.uri, getattr(store, "_endpoint", None))
     if where not in _PROBED:
         key = f"probe-{uuid.uuid4().hex}"
+        store.put_if_absent(
+            f"{key}-first", b""
+        )  # a store that does not answer is found out by one call, not by eight
+        store.delete(f"{key}-first")
         try:
             conditional = _one_wins(store, key)
             checksums = store._probe_checksums(f"{key}-md5")
@@ -335,7 +339,12 @@ def _inside(root: Path, key: str) -> Path:
 @contextlib.contextmanager
 def _staged(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` (same file system, so that a rename is atomic), removed if it is still there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"folder {path.parent} cannot be made: {error.strerror}; choose a place that can be written"
+        ) from error
     staging = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield staging
@@ -708,7 +717,10 @@ def _final(error: Exception, what: str) -> StorageError:
     if code in ("NoSuchKey", "404") or status == 404:
         return NotFoundError(f"{what.partition(' ')[2]} does not exist")
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(f"cannot {what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return StorageError(
+            f"cannot {what}: no credentials; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store that is not Amazon's"
+        )
     if status in (401, 403):
         return StorageError(
             f"cannot {what}: refused ({code or status}); check the credentials and the bucket policy"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+
+from counterfake.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,14 @@ class Workspace:
         )
 
     def dataset(self, reference: str) -> str:
-        """ "faces@3" -> "file:///…/datasets/faces@3"; a full URI stays as it is."""
-        return reference if "://" in reference else f"{self.storage}/datasets/{reference}"
+        """ "faces@3" -> "file:///…/datasets/faces@3"; a full URI stays as it is. ConfigError for anything else."""
+        if "://" in reference:
+            return reference
+        if not re.fullmatch(r"\w[\w.-]*(@\w*)?", reference):
+            raise ConfigError(
+                f"{reference!r} names no dataset; write a name like faces or faces@3, or a file:// or s3:// URI"
+            )
+        return f"{self.storage}/datasets/{reference}"
 
     @property
     def training(self) -> str:

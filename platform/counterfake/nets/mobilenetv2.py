@@ -172,7 +172,14 @@ def load_features(net: nn.Module, path: str | Path, sha256: str = "") -> str:
         raise CheckpointError(
             f"weights {path} have SHA-256 {digest[:12]}…, expected {sha256[:12]}…; get the right file"
         )
-    given = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch.load has no error of its own: pickle's, zipfile's, RuntimeError, KeyError, …
+        raise CheckpointError(f"weights {path} are no PyTorch file of tensors; get the right file") from error
+    if not isinstance(given, dict):
+        raise CheckpointError(f"weights {path} hold a {type(given).__name__}, not tensors by name")
     own = net.state_dict()
     wanted = [name for name in own if name.startswith(("features.", "classifier."))]
     unfit = [n for n in wanted if n not in given or given[n].shape != own[n].shape]
