@@ -51,4 +51,4 @@ def test_the_main_job_walks_from_pictures_to_verdicts_and_resumes(
 
     again = demo.run(dataclasses.replace(job, pictures=2), workspace)
     assert [again["stages"][name]["reused"] for name in ("gan", "swap", "detector")] == [True] * 3
-    assert again["stages"]["champion"]["digest"] == champion.digest
+    assert again["stages"]["served"]["model"]["calibration_id"] == served["model"]["calibration_id"]
