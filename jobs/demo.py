@@ -1,6 +1,6 @@
 """The main job, from end to end: faces, shards, GAN, face swap, fakes, detectors, search, ensemble, gate, service, report.
 
-    make demo                          2 cores, no GPU, about 6 minutes once installed
+    make demo                          2 cores, no GPU, about 5 minutes once installed
     make demo DATA=folder              your own folder/real and folder/fake in the detector stages
     make demo KEEP=1                   leaves the service up and prints the page's address
 
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from typing import Any
 import jobs
 from counterfake import config
 from counterfake.cluster import session
-from counterfake.errors import ConfigError, DataError, ServiceError
+from counterfake.errors import ConfigError, DataError, GateError, ServiceError
 from counterfake.gate import CHAMPION, Gate
 from counterfake.records import Dataset, Sample
 from counterfake.storage import write_atomic
@@ -58,6 +59,12 @@ class DemoJob:
     scale: float = 1.0  # of every training's length; 0.1 is a quick look that detects little
     gate: Gate = CHAMPION  # before @champion
 
+    def __post_init__(self) -> None:
+        if min(self.pictures, self.workers, self.identities, self.per_identity) < 1 or self.scale <= 0:
+            raise ConfigError(
+                "pictures, workers, identities and per_identity must be at least 1, scale above 0"
+            )
+
 
 PRESETS = {"demo": DemoJob}
 
@@ -67,6 +74,7 @@ def run(job: DemoJob, workspace: Workspace, *, console: Console | None = None) -
     console = console or Console(quiet=True)
     if job.data and not Path(job.data).is_dir():
         raise ConfigError(f"data={job.data} is no folder; it must hold real/ and fake/ with pictures")
+    _require_free(job.port)
     walk = _Walk(job, workspace, console)
     cpus = len(os.sched_getaffinity(0))
     with session.session(workspace, cpus=max(cpus, 2)):
@@ -79,7 +87,7 @@ def run(job: DemoJob, workspace: Workspace, *, console: Console | None = None) -
             _stop_serving()
     summary = walk.finish()
     if job.keep:
-        summary["page"] = _leave_running(job, workspace, console)
+        summary["page"] = _leave_running(walk)
     return summary
 
 
@@ -91,6 +99,7 @@ class _Walk:
         self.folder = workspace.home / "demo"
         self.stages: dict[str, dict[str, Any]] = {}
         self.extras: dict[str, Any] = {}  # pictures and longer results, for the report
+        self.served = f"{ENSEMBLE}@champion"  # model of the service
         self.started = time.perf_counter()
 
     @property
@@ -227,7 +236,7 @@ def _ensemble(walk: _Walk) -> dict[str, Any]:
         data__uri=walk.data,
         test__uri=walk.data,
         alpha=_alpha(walk),
-        gate=walk.job.gate,
+        promote="",
         register_as=ENSEMBLE,
     )
     walk.extras["ensemble_run"] = made.get("run_id")
@@ -235,16 +244,26 @@ def _ensemble(walk: _Walk) -> dict[str, Any]:
 
 
 def _champion(walk: _Walk) -> dict[str, Any]:
-    """What the alias points to now, and where it came from"""
+    """Through the gate, or not: only what passes becomes @champion"""
     from counterfake.registry import Registry
 
-    version = Registry.at(walk.workspace).get(f"{ENSEMBLE}@champion")
-    return {
+    registry = Registry.at(walk.workspace)
+    version = registry.get(walk.stages["ensemble"]["registered"])
+    try:
+        version = registry.promote(version.name, version.version, gate=walk.job.gate)
+        walk.served, refusal = f"{ENSEMBLE}@champion", ""
+    except GateError as error:
+        walk.served, refusal = version.reference, str(error)
+        walk.console.event(
+            f"the gate refused it, so it is served by its number, for you to look at: {refusal}"
+        )
+    facts = {
         "name": version.name,
         "version": version.version,
         "digest": version.digest,
         "lineage": dict(version.tags),
     }
+    return {**facts, "promoted": not refusal, "refused": refusal}
 
 
 def _served(walk: _Walk) -> dict[str, Any]:
@@ -339,7 +358,7 @@ def _people(workspace: Workspace) -> list[str]:
     for row in dataset.version().counts:
         if row["fake"] == 0 and row["identity"] is not None:
             by_split.setdefault(row["split"], []).append(row["identity"])
-    wanted = {"train": 4, "validation": 1, "calibration": 1, "test": 2}
+    wanted = {"train": 3, "validation": 1, "calibration": 2, "test": 2}
     return sorted(name for split, count in wanted.items() for name in sorted(set(by_split[split]))[:count])
 
 
@@ -355,6 +374,16 @@ def _held_out(walk: _Walk) -> Iterator[Sample]:
         yield from itertools.islice(queue, 1)
 
 
+def _require_free(port: int) -> None:
+    """Before the long stages, not after them."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ServiceError(
+                f"port {port} is in use, perhaps by the service of an earlier KEEP=1; stop it, or use another: --set port={port + 1}"
+            )
+
+
 def _start_serving(walk: _Walk) -> None:
     """On the Ray session that is already there, with small shares of its CPUs."""
     from serving import app
@@ -365,7 +394,7 @@ def _start_serving(walk: _Walk) -> None:
         "detectors.max_replicas": 2,
         "gateway.max_replicas": 2,
     }
-    changes = {"model": f"{ENSEMBLE}@champion", "port": walk.job.port, **small}
+    changes = {"model": walk.served, "port": walk.job.port, **small}
     app.start(config.override(app.Settings(), changes), walk.workspace, blocking=False)
 
 
@@ -375,23 +404,35 @@ def _stop_serving() -> None:
     app.stop()
 
 
-def _leave_running(job: DemoJob, workspace: Workspace, console: Console) -> str:
+def _leave_running(walk: _Walk) -> str:
     """A service of its own, that outlives this command."""
+    job, workspace = walk.job, walk.workspace
     log = workspace.home / "demo" / "serve.log"
-    words = [sys.executable, "-m", "jobs", "serve", "--port", str(job.port), "--home", str(workspace.home)]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "serve",
+        "--model",
+        walk.served,
+        "--port",
+        str(job.port),
+        "--home",
+        str(workspace.home),
+    ]
     words += ["--storage", workspace.storage, "--tracking", workspace.tracking_uri]
     with log.open("wb") as out:
         child = subprocess.Popen(
             words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    url = f"http://127.0.0.1:{job.port}"
+    url = walk.url
     with _ends_with_us(child):
         deadline = time.monotonic() + 180
         while not _ready(url):
             if child.poll() is not None or time.monotonic() > deadline:
                 raise ServiceError(f"the service did not come up; see {log}")
             time.sleep(0.5)
-    console.event(f"the page: {url}   (stop it with `kill {child.pid}`)")
+    walk.console.event(f"the page: {url}   (stop it with `kill {child.pid}`)")
     return url
 
 

@@ -81,7 +81,8 @@ def _what(name: str, stage: Mapping[str, Any]) -> str:
     if name == "tune":
         return f"{len(stage['trials'])} trials, best {stage['metric']} {_number(stage['best']['value'])}"
     if name == "champion":
-        return f"{stage['name']} version {stage['version']}, digest {stage['digest'][:12]}"
+        outcome = "passed the gate" if stage["promoted"] else f"refused by the gate: {stage['refused']}"
+        return f"{stage['name']} version {stage['version']}, digest {stage['digest'][:12]}, {outcome}"
     if name == "served":
         return f"{stage['requests']} pictures, {stage['right']} of {stage['decided']} decided ones right"
     if name == "metrics":
@@ -105,8 +106,8 @@ def _made(extras: Mapping[str, Any], workspace: Workspace) -> page.Section:
                 (names.get(maker, f"made by {maker}"), media.encode(images.grid(tiles, 6), "png"))
             )
     text = (
-        "Real here means: drawn by the platform's own face painter, so that the demo needs no download. The GAN has seen a "
-        "few thousand pictures for about a minute, the face swap likewise; both are as good as that allows. "
+        "Real here means: drawn by the platform's own face painter, so that the demo needs no download. GAN and "
+        "face swap were trained for a minute or two on some hundreds of pictures, and are as good as that allows. "
         "Every generated file carries an IPTC digital source type, and every row its maker."
     )
     return page.Section("Who made what", [page.Text(text), page.Pictures(pictures, size="samples")])
@@ -167,6 +168,7 @@ def _detectors(stages: Mapping[str, Any], extras: Mapping[str, Any], workspace: 
             caption="the ensemble on test",
         ),
     ]
+    blocks.append(_promise(test))
     for group, members in (test.get("groups") or {}).items():
         rows = page.group_rows(members)
         blocks.append(page.Table(("", "n", "AUC", "recall real", "recall fake"), rows, caption=f"by {group}"))
@@ -183,6 +185,21 @@ def _detectors(stages: Mapping[str, Any], extras: Mapping[str, Any], workspace: 
         )
     )
     return page.Section("How well fakes are caught", blocks)
+
+
+def _promise(test: Mapping[str, Any]) -> page.Block:
+    """What the verdicts did to each class, beside what was promised."""
+    words = ("real", "fake", "uncertain", "out_of_domain", "lost")
+    rows = [
+        [truth, found["n"], *(f"{100 * found[word]:.1f} %" for word in words)]
+        for truth, found in test["verdicts"].items()
+    ]
+    caption = (
+        f"Verdicts on test. Lost: the true label was excluded; {100 * test['alpha']:.0f} % of each class was promised for pictures "
+        "like the calibration's. With this few people and pictures the two splits differ, and the share with them."
+    )
+    head = ("truth", "n", "called real", "called fake", "uncertain", "out of domain", "lost")
+    return page.Table(head, rows, caption=caption)
 
 
 def _plots(run_id: str | None, workspace: Workspace) -> list[tuple[str, bytes]]:

@@ -171,6 +171,8 @@ def _tokens(workspace: Workspace) -> Iterator[Finding]:
             f"RAY_AUTH_MODE is {mode or 'not set'}",
             "export RAY_AUTH_MODE=token before `ray start --head`",
         )
+    elif os.environ.get("RAY_AUTH_TOKEN"):  # as KubeRay gives it to its pods; goes before the file
+        yield Finding("ray token", "good", "in RAY_AUTH_TOKEN")
     elif not path.exists():
         yield Finding(
             "ray token",

@@ -131,7 +131,7 @@ def _members(job: EnsembleJob, workspace: Workspace) -> dict[str, Predictor]:
         member = predictor.load(resolve(reference, workspace))
         if member.bundle.kind == "ensemble":
             raise ConfigError(f"{reference} is an ensemble itself; name its members instead")
-        alike = sum(name.partition(".")[0] == member.name for name in loaded)
+        alike = sum(other.name == member.name for other in loaded.values())
         loaded[f"{member.name}.{alike + 1}" if alike else member.name] = member
     return loaded
 

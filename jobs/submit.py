@@ -34,15 +34,7 @@ def entrypoint(job: str, preset: str | None, resolved: Any, base: Any, workspace
     words = ["python", "-m", "jobs", "run", job, *([preset] if preset else [])]
     for assignment in sets:
         words += ["--set", assignment]
-    words += [
-        "--home",
-        str(workspace.home),
-        "--storage",
-        workspace.storage,
-        "--tracking",
-        workspace.tracking_uri,
-    ]
-    return shlex.join([*words, "--json"])
+    return shlex.join([*words, *_places(workspace), "--json"])
 
 
 def submit(command: str, *, address: str, follow: bool, working_dir: Path | None, console: Console) -> int:
@@ -51,7 +43,9 @@ def submit(command: str, *, address: str, follow: bool, working_dir: Path | None
         raise ConfigError(f"working directory {working_dir} is no folder; name the source tree to upload")
     client = _client(address)
     runtime_env: dict[str, Any] = {
-        "env_vars": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
+        "env_vars": {
+            k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and k != "COUNTERFAKE_HOME"
+        },
     }
     if working_dir:
         runtime_env["working_dir"] = str(working_dir)
@@ -63,13 +57,25 @@ def submit(command: str, *, address: str, follow: bool, working_dir: Path | None
         console.result({"job_id": job_id, "address": address})
         return 0
     try:
-        asyncio.run(_follow(client, job_id, sys.stderr if console.as_json else sys.stdout))
+        _follow_to_the_end(client, job_id, console)
     except KeyboardInterrupt:
         console.event(
             f"{job_id} goes on; `ray job logs {job_id}` follows it, `ray job stop {job_id}` ends it"
         )
         return 130
     return _finish(client, job_id, address, console)
+
+
+def _places(workspace: Workspace) -> list[str]:
+    """Where things live, for the cluster. A folder of this machine is named only where the storage is one too; beside
+    shared storage the cluster's own COUNTERFAKE_HOME and MLFLOW_TRACKING_URI hold."""
+    local = workspace.storage.startswith("file:")
+    words = ["--storage", workspace.storage]
+    if local:
+        words += ["--home", str(workspace.home)]
+    if local or not workspace.tracking_uri.startswith("sqlite:"):
+        words += ["--tracking", workspace.tracking_uri]
+    return words
 
 
 def _client(address: str) -> Any:
@@ -85,18 +91,22 @@ def _client(address: str) -> Any:
         raise ClusterError(f"no Ray cluster answers at {address}: {text}; {hint}") from error
 
 
+def _follow_to_the_end(client: Any, job_id: str, console: Console) -> None:
+    try:
+        asyncio.run(_follow(client, job_id, sys.stderr if console.as_json else sys.stdout))
+    except (RuntimeError, OSError) as error:  # the connection, not the job
+        console.event(f"the log of {job_id} broke off ({str(error)[:120]}); waiting for the job itself")
+    while not client.get_job_info(job_id).status.is_terminal():
+        time.sleep(0.5)  # the log can end before the job does
+
+
 async def _follow(client: Any, job_id: str, stream: TextIO) -> None:
     async for text in client.tail_job_logs(job_id):
         print(text, end="", flush=True, file=stream)
 
 
 def _finish(client: Any, job_id: str, address: str, console: Console) -> int:
-    deadline = time.monotonic() + 30
-    while True:
-        info = client.get_job_info(job_id)
-        if info.status.is_terminal() or time.monotonic() > deadline:
-            break
-        time.sleep(0.5)  # the log can end a moment before the status changes
+    info = client.get_job_info(job_id)
     console.event(f"{job_id} {info.status.value.lower()}" + (f": {info.message}" if info.message else ""))
     status = info.status.value
     if console.as_json:

@@ -49,7 +49,11 @@ def _send(request: urllib.request.Request, timeout: float, retries: int) -> dict
         except urllib.error.HTTPError as error:
             if error.code not in RETRY_STATUS or attempt == retries:
                 raise _refused(error) from None
-            wait = max(wait, float(error.headers.get("Retry-After") or 0))
+            wait = max(wait, _seconds(error.headers.get("Retry-After")))
+        except (ValueError, TypeError):
+            raise ServiceError(
+                f"{request.full_url} answered something that is no JSON object; is this the address of the service?"
+            ) from None
         except (OSError, HTTPException) as error:
             if attempt == retries:
                 reason = getattr(error, "reason", error)
@@ -58,6 +62,10 @@ def _send(request: urllib.request.Request, timeout: float, retries: int) -> dict
                 ) from error
         time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _seconds(retry_after: str | None) -> float:
+    return min(float(retry_after), 60.0) if retry_after and retry_after.isdecimal() else 0.0  # else a date
 
 
 def _refused(error: urllib.error.HTTPError) -> Exception:

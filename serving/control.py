@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 START, STATE = f"serving/{APPLICATION}/start.json", f"serving/{APPLICATION}/state.json"
 SAVE_SECONDS = 20.0
+SHOW_SECONDS = 5.0  # that /metrics waits for what it shows to be stored
 FORGET_SECONDS = 3600.0
 
 
@@ -55,7 +56,8 @@ class Control:
         self._totals = Totals.from_state(state["totals"]) if state else Totals()
         self._telemetry, self._sequence, self._process = Telemetry(), 0, f"control#{uuid.uuid4().hex[:12]}"
         self._holdings: dict[str, tuple[float, Holding]] = {}
-        self._saving = asyncio.Lock()
+        self._saving, self._asked, self._saved = asyncio.Lock(), 0, 0
+        self._save_task: asyncio.Task[None] | None = None
         self._follower = Follower(
             settings.model,
             Model.model_validate(live),
@@ -84,7 +86,10 @@ class Control:
         now = time.time()
         self._totals.add(self._process, self._sequence, own, now=now, role="control")
         page = self._totals.render(now=now, within_seconds=max(10.0, 5 * self._settings.heartbeat_seconds))
-        await self._save()
+        self._save_task = asyncio.create_task(self._save())
+        await asyncio.wait(
+            {self._save_task}, timeout=SHOW_SECONDS
+        )  # storage away: the page is shown all the same
         return page
 
     # -- private ----------------------------------------------------------------------------------------------------
@@ -104,8 +109,14 @@ class Control:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             before = self._follower.live.digest
-            await self._follower.poll(self._live_holdings())
-            self._follower.advance(self._live_holdings())
+            try:
+                await self._follower.poll(self._live_holdings())
+                self._follower.advance(self._live_holdings())
+            except (
+                Exception
+            ):  # nothing may end the following: a restart would be the only way to take it up again
+                logger.exception("looking at the followed alias failed")
+                self._telemetry.count("counterfake_follow_errors_total")
             if self._follower.live.digest != before:
                 await self._save()
 
@@ -116,17 +127,25 @@ class Control:
             await self._save()
 
     async def _save(self) -> None:
-        body = {
+        """All that was counted before this call is stored after it. Calls that wait for the same write share it."""
+        self._asked += 1
+        mine = self._asked
+        async with self._saving:
+            if self._saved >= mine:
+                return
+            covers, data = self._asked, json.dumps(self._state()).encode()
+            try:
+                await asyncio.to_thread(self._store.put, STATE, data)
+            except (CounterfakeError, OSError) as error:  # counts may fall if this process also dies now
+                logger.warning("the state of %s was not saved: %s", APPLICATION, error)
+            self._saved = covers
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "build": self._build,
             "live": self._follower.live.model_dump(),
             "totals": self._totals.state(),
         }
-        data = json.dumps(body).encode()
-        async with self._saving:
-            try:
-                await asyncio.to_thread(self._store.put, STATE, data)
-            except CounterfakeError as error:  # counts may fall if this process also dies now; answers go on
-                logger.warning("the state of %s was not saved: %s", APPLICATION, error)
 
     def _redeploy(self, model: Model) -> None:
         """An ensemble with other detectors: add their deployments; Serve rolls the gateway. Leaves unused ones there."""

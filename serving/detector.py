@@ -36,12 +36,10 @@ class Detector:
         self, member: str, settings: Settings, workspace: Workspace, control: Any
     ) -> None:
         _keep_memory()
-        self._member, self._cache = member, workspace.cache
+        self._member, self._cache, self._limits = member, workspace.cache, settings.limits
         self._registry = Registry.at(workspace)
         self._telemetry = Telemetry()
-        self._predictors: dict[
-            str, Any
-        ] = {}  # by digest of the ensemble; members that did not change are shared
+        self._predictors: dict[str, Any] = {}  # by digest of the ensemble
         self._failed: dict[str, str] = {}
         self._loading = asyncio.Lock()
         self._decoding = ThreadPoolExecutor(settings.decode_threads, "decode")
@@ -75,7 +73,7 @@ class Detector:
         try:
             loaded = self._predictors.get(ensemble) or await self._load(ensemble)
             loop = asyncio.get_running_loop()
-            decoded = await loop.run_in_executor(self._decoding, loaded.decode, data)
+            decoded = await loop.run_in_executor(self._decoding, loaded.decode, data, self._limits)
             reason = loaded.refusal(decoded)
             if reason is not None:
                 return Score(probability=None, reason=reason, faces=faces_of(decoded))

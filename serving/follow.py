@@ -110,7 +110,8 @@ class Follower:
             self._swap(candidate)
         elif self._clock() > self._deadline:
             self._refuse(
-                candidate.digest, "the detector replicas did not load it in time; promote it again to retry"
+                candidate.digest,
+                "the detector replicas did not load it in time; to retry, move the alias back for a few polls and promote it again",
             )
 
     # -- private ----------------------------------------------------------------------------------------------------
@@ -169,3 +170,6 @@ class Follower:
         self._telemetry.clear("counterfake_model_info")
         labels = {"name": self.live.name, "version": str(self.live.version), "digest": self.live.digest[:12]}
         self._telemetry.set("counterfake_model_info", 1, **labels)
+        self._telemetry.clear("counterfake_detector_in_use")
+        for member in self.live.members:
+            self._telemetry.set("counterfake_detector_in_use", 1, detector=member.name)

@@ -250,6 +250,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         )
     for key in files:
         _check_name(key)
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in info.get("members", [])):
+        raise CheckpointError(f"{path} names members that are no names: {str(info['members'])[:120]}")
     return dict(info)
 
 

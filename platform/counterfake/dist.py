@@ -47,6 +47,9 @@ def data_parallel(module: nn.Module) -> nn.Module:
         device_ids=[here.index] if here.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        # Otherwise gradients lie in another order after the first step, so a restart would repeat that step with another
+        # order of summation; sums of two ranks have only one, and runs on GPUs do not promise bits.
+        find_unused_parameters=here.type == "cpu" and world_size() > 2,
     )
 
 

@@ -53,6 +53,8 @@ class FaceDetector:
         """pixels (H, W, 3) or (H, W, 1) uint8 RGB -> faces, the largest first; [] when there is none."""
         luma = _luma(pixels)
         scale = min(1.0, self.max_side / max(luma.shape))
+        if round(scale * min(luma.shape)) < 20:  # a strip; OpenCV cannot shrink one to no pixels at all
+            return []
         if scale < 1:
             luma = np.asarray(
                 cv2.resize(luma, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8

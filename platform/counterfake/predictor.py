@@ -57,7 +57,7 @@ class Predictor(Protocol):
     name: str
     bundle: Bundle
 
-    def decode(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes, limits: media.Limits = media.DEFAULT_LIMITS) -> Decoded:
         """Untrusted bytes to pixels, and faces if this detector crops to them. Raises MediaError."""
 
     def refusal(self, picture: Decoded) -> str | None:
@@ -98,9 +98,9 @@ class _Answers:
     name: str
     finds_faces = False
 
-    def decode(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes, limits: media.Limits = media.DEFAULT_LIMITS) -> Decoded:
         start = time.perf_counter()
-        pixels = media.decode(data)
+        pixels = media.decode(data, limits)
         faces = find_faces(pixels) if self.finds_faces else None
         return Decoded(pixels=pixels, faces=faces, seconds=time.perf_counter() - start)
 

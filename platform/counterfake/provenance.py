@@ -114,7 +114,7 @@ def _property(text: str, name: str) -> str:
     element = re.search(
         rf"<[A-Za-z0-9_]{{1,32}}:{name}(?:\s+rdf:resource=\"([^\"<]{{0,500}})\"\s*/)?>([^<]{{0,500}})", text
     )
-    attribute = re.search(rf"[A-Za-z0-9_]{{1,32}}:{name}=[\"']([^\"'<]{{0,500}})[\"']", text)
+    attribute = re.search(rf":{name}=[\"']([^\"'<]{{0,500}})[\"']", text)  # starts with what is rare: linear
     found = (element[1] or element[2]) if element else attribute[1] if attribute else ""
     return unescape(found.strip())
 

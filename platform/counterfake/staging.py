@@ -46,7 +46,9 @@ class Known:
         self._seen: set[str] = set()
 
     def add(self, version: Version, rule: SplitRule, read: Callable[[Shard], pa.Table]) -> None:
-        """read(shard) -> its columns id, fake, identity, video."""
+        """read(shard) -> its columns id, fake, identity, video. What a version of another line held is forgotten."""
+        if self._seen - {shard.sha256 for split in version.splits for shard in version.shards(split)}:
+            self.labels, self.groups, self._seen = {}, {}, set()
         for split in version.splits:
             for shard in version.shards(split):
                 if shard.sha256 not in self._seen:

@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -297,6 +297,7 @@ class _FileStore(Store):
             shutil.copyfile(path, staging)
             _sync(staging)
             os.replace(staging, target)
+            _sync(target.parent)  # before the manifest that names it
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -609,12 +610,23 @@ class _S3Store(Store):
                     part = {**upload, "PartNumber": number, "Body": data, "ContentMD5": _md5(data)}
                     answer = self._request("write", key, "upload_part", **part)
                     parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            done = {"MultipartUpload": {"Parts": parts}}
-            self._request("write", key, "complete_multipart_upload", **upload, **done)
+            self._complete(key, upload, parts, digest["sha256"])
         except BaseException:
             with contextlib.suppress(Exception):
                 self.client.abort_multipart_upload(**upload)
             raise
+
+    def _complete(
+        self, key: str, upload: dict[str, Any], parts: Sequence[dict[str, Any]], sha256: str
+    ) -> None:
+        try:
+            self._request(
+                "write", key, "complete_multipart_upload", **upload, MultipartUpload={"Parts": parts}
+            )
+        except NotFoundError:
+            # An earlier attempt may have been stored although its answer was lost.
+            if ((self._head(key) or {}).get("Metadata") or {}).get("sha256") != sha256:
+                raise
 
     def _request(self, verb: str, key: str, operation: str, **arguments: Any) -> Any:
         return self._call(verb, key, lambda _: getattr(self.client, operation)(**arguments))

@@ -141,6 +141,13 @@ METRICS: tuple[Spec, ...] = (
         over_processes="max",
     ),
     Spec(
+        name="counterfake_detector_in_use",
+        kind="gauge",
+        about="1 for each detector of the ensemble that answers now.",
+        labels=("detector",),
+        over_processes="max",
+    ),
+    Spec(
         name="counterfake_model_swaps_total",
         kind="counter",
         about="Moves of the followed alias, by outcome: live or refused.",

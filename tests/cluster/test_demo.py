@@ -39,7 +39,7 @@ def test_the_main_job_walks_from_pictures_to_verdicts_and_resumes(
     summary = demo.run(job, workspace)
     assert list(summary["stages"]) == STAGES
     saved = json.loads((workspace.home / "demo" / "summary.json").read_text())
-    assert saved["stages"]["gan"]["steps"] == 8
+    assert saved["stages"]["gan"]["steps"] == 18
     served = summary["stages"]["served"]
     champion = Registry.at(workspace).get("ensemble@champion")
     assert served["requests"] == 4

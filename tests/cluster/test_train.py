@@ -154,6 +154,19 @@ def test_more_cpus_than_there_are_is_refused_at_once(ray_local: object, shared: 
     assert time.perf_counter() - started < 10
 
 
+def test_a_worker_larger_than_every_node_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from counterfake.cluster import group
+
+    two = session.Cluster(address="", dashboard="", cpus=4.0, gpus=0.0, nodes=2)
+    monkeypatch.setattr(session, "current", lambda: two)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2)
+    group._check_resources(job("fits", workers=2, cpus_per_worker=2.0))
+    with pytest.raises(ClusterError, match="the 2 nodes have room for 0"):
+        group._check_resources(job("wide", workers=1, cpus_per_worker=3.0))
+
+
 def test_without_workers_a_killed_run_goes_on_where_it_was(shared: Workspace) -> None:
     class Gone(BaseException):
         """Stands for the power cut."""

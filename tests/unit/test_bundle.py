@@ -134,6 +134,15 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
         bundle.read(tmp_path / "b")
 
 
+@pytest.mark.parametrize("member", ["../../elsewhere", "", 7])
+def test_a_member_that_is_no_name_is_refused(tmp_path: Path, member: object) -> None:
+    written(tmp_path / "b")
+    path = tmp_path / "b" / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "members": [member]}))
+    with pytest.raises(CheckpointError, match="no names"):
+        bundle.read(tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[1]", '{"format": 9, "kind": "detector", "files": {}}', "[" * 100_000]
 )

@@ -7,7 +7,9 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from counterfake.errors import ConfigError, CounterfakeError
 from counterfake.workspace import Workspace
 from jobs import __main__ as command
 from jobs import submit
+from jobs.console import Console
 
 RUNNER = CliRunner()
 
@@ -112,6 +115,42 @@ def test_submitted_command_carries_what_differs_from_the_preset(tmp_path: Path) 
     assert "--set workers=2" in words
     assert words.count("--set") == 2
     assert f"--home {tmp_path}" in words
+
+
+def test_beside_shared_storage_no_folder_of_this_machine_is_named(tmp_path: Path) -> None:
+    base = jobs.preset(jobs.load("train-gan"), "dcgan-mnist-s4")
+    words = submit.entrypoint(
+        "train-gan", "dcgan-mnist-s4", base, base, Workspace.at(tmp_path, "s3://bucket/counterfake")
+    )
+    assert "--storage s3://bucket/counterfake" in words
+    assert str(tmp_path) not in words
+    place = Workspace.at(tmp_path, "s3://bucket/counterfake", "http://mlflow:5000")
+    assert "--tracking http://mlflow:5000" in submit.entrypoint("train-gan", None, base, base, place)
+
+
+class _BrokenLog:
+    """A cluster whose log connection breaks while the job goes on."""
+
+    def __init__(self) -> None:
+        self.states = iter(("RUNNING", "RUNNING", "SUCCEEDED", "SUCCEEDED"))
+
+    def submit_job(self, **_: object) -> str:
+        return "raysubmit_1"
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+        raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        state = next(self.states)
+        status = SimpleNamespace(value=state, is_terminal=lambda: state == "SUCCEEDED")
+        return SimpleNamespace(status=status, message="")
+
+
+def test_a_log_that_breaks_off_is_not_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_client", lambda address: _BrokenLog())
+    quiet = Console(quiet=True, as_json=True)
+    assert submit.submit("true", address="http://head", follow=True, working_dir=None, console=quiet) == 0
 
 
 def test_submit_to_nothing_names_the_address_and_a_way_out(free_port: int) -> None:

@@ -190,6 +190,22 @@ def test_one_class_only_is_refused_in_one_line() -> None:
         make_learner().validate([make_batch(0, fakes=0)])
 
 
+def test_a_resumed_run_counts_the_classes_anew_before_it_refuses() -> None:
+    first, second = make_learner(), make_learner()
+    run(first, 0, 33)  # past CLASS_CHECK_IMAGES, both classes seen
+    second.load_state_dict(first.state_dict())
+    second.step(make_batch(33, fakes=0))  # a rare class may be missing from one batch
+    with pytest.raises(DataError, match="hold 512 real and 0 fake"):
+        for step in range(34, 70):
+            second.step(make_batch(step, fakes=0))
+
+
+def test_every_metric_lies_on_the_learners_device() -> None:
+    learner = make_learner()
+    learner.device = torch.device("meta")  # the only other device that every machine has
+    assert learner._lr_tensor().device.type == "meta"
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="label_smoothing"):
         DetectorConfig(label_smoothing=1.0)

@@ -82,3 +82,40 @@ def test_two_ranks_average_gradients_and_metrics(tmp_path: Path) -> None:
     assert a["frozen"]
     assert a["seed"] != b["seed"]
     assert a["build"] == b["build"]
+
+
+def _restarted(rank: int, port_file: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=4)
+
+    def steps(module: nn.Module, first: int, last: int) -> dict[str, torch.Tensor]:
+        wrapped = dist.data_parallel(module)
+        for step in range(first, last):
+            dist.seed_step(0, step)
+            wrapped.zero_grad()
+            wrapped(torch.randn(8, 16)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.1 * parameter.grad
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    def made() -> nn.Module:
+        dist.seed_build(0)
+        return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    whole, resumed = steps(made(), 0, 6), made()
+    resumed.load_state_dict(steps(made(), 0, 3))
+    again = steps(resumed, 3, 6)
+    results.put(all(torch.equal(whole[name], again[name]) for name in whole))
+    torch.distributed.destroy_process_group()
+
+
+def test_four_ranks_that_restart_sum_gradients_in_the_same_order(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_restarted, args=(r, str(tmp_path / "meet"), results)) for r in range(4)]
+    for process in ranks:
+        process.start()
+    assert all(results.get(timeout=240) for _ in ranks)
+    for process in ranks:
+        process.join(30)

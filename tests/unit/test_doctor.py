@@ -49,6 +49,9 @@ def test_token_state_follows_mode_file_and_permissions(
     assert next(doctor._tokens(workspace)).state == "warn"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert next(doctor._tokens(workspace)).state == "bad"
+    with monkeypatch.context() as pod:
+        pod.setenv("RAY_AUTH_TOKEN", "given by KubeRay")
+        assert next(doctor._tokens(workspace)).state == "good"
     token.write_text("secret")
     token.chmod(0o644)
     assert "chmod 600" in next(doctor._tokens(workspace)).advice

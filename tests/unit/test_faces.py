@@ -33,6 +33,11 @@ def test_an_empty_picture_has_no_face() -> None:
     assert FaceDetector().detect(np.zeros((16, 16, 1), np.uint8)) == []
 
 
+def test_a_strip_has_no_face() -> None:
+    assert FaceDetector().detect(np.full((16, 40_000, 3), 128, np.uint8)) == []
+    assert FaceDetector().detect(np.full((40_000, 30, 3), 128, np.uint8)) == []
+
+
 def test_the_largest_face_comes_first_also_in_large_pictures() -> None:
     scene = np.full((800, 1200, 3), 120, np.uint8)
     small, large = portrait(5, 6, 0, 256).pixels, portrait(5, 2, 0, 512).pixels

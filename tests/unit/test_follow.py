@@ -79,6 +79,16 @@ def test_a_moved_alias_goes_live_when_every_replica_holds_it() -> None:
     assert scene.count("counterfake_model_swaps_total", outcome="live") == 1
 
 
+def test_only_detectors_of_the_live_ensemble_are_in_use() -> None:
+    scene = Scene()
+    scene.source.version, scene.source.members = 2, ("cnn", "third")
+    scene.poll()
+    scene.follower.advance(scene.holding("d1", "d2", members=("cnn", "digits", "third")))
+    assert scene.follower.live.version == 2
+    rows = [row for row in scene.telemetry.snapshot() if row[0] == "counterfake_detector_in_use"]
+    assert sorted(labels for _, _, labels, _ in rows) == [("cnn",), ("third",)]
+
+
 def test_nothing_is_live_without_a_replica_of_every_member() -> None:
     scene = Scene()
     scene.source.version = 2

@@ -332,6 +332,25 @@ def test_concurrent_writers_lose_nothing(any_uri: str, tmp_path: Path) -> None:
     assert dataset.verify()["problems"] == []
 
 
+def test_rows_that_a_fresh_start_dropped_meanwhile_are_no_duplicates(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(uri, samples(range(4)), splits=TRAIN)
+    commit, overtaken = records.versions.commit, []
+
+    def late(store: Any, version: records.Version) -> bool:
+        if not overtaken:
+            overtaken.append(True)
+            write(uri, samples(range(10, 12)), splits=TRAIN)  # without a parent: rows 0 to 3 are gone
+        return commit(store, version)
+
+    monkeypatch.setattr(records.versions, "commit", late)
+    report = Report()
+    version = write(uri, samples(range(6)), splits=TRAIN, parent="append", report=report)
+    assert (version.number, version.parent, version.rows()) == (3, 2, 8)
+    assert (report.rows, report.duplicates) == (6, 0)
+
+
 def test_a_writer_killed_before_its_manifest_leaves_the_old_version(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

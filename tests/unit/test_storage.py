@@ -384,6 +384,24 @@ def test_a_commit_whose_answer_was_lost_is_still_ours(faulty, s3) -> None:
     assert not open_store(s3.uri).put_if_absent("versions/1", b"somebody else's")
 
 
+def test_a_large_file_whose_last_answer_was_lost_is_stored(
+    faulty, s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    posts: Counter[str] = Counter()
+
+    def fault(_: int, method: str) -> str:
+        posts[method] += 1
+        return "lost" if method == "POST" and posts["POST"] == 2 else ""  # the first POST begins the upload
+
+    data = os.urandom(11 << 20)
+    (tmp_path / "large").write_bytes(data)
+    store, _ = faulty(fault)
+    store.put_file("large", tmp_path / "large")
+    assert posts["POST"] == 3
+    assert open_store(s3.uri).read("large") == data
+
+
 def test_a_store_that_only_fails_is_given_up_with_advice(faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "ATTEMPTS", 3)
     store, proxy = faulty(lambda *_: "503")

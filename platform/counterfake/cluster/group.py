@@ -136,7 +136,10 @@ def _trainer(order: Order, actor: str, callbacks: Sequence[Any]) -> Any:
 
 def _check_resources(job: TrainJob) -> None:
     """Refuse at once what Ray would wait for without end."""
+    import ray
+
     cluster = session.current()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, each, there in (
         ("CPU", job.cpus_per_worker, cluster.cpus),
         ("GPU", job.gpus_per_worker, cluster.gpus),
@@ -145,6 +148,12 @@ def _check_resources(job: TrainJob) -> None:
             raise ClusterError(
                 f"{job.workers} workers with {each:g} {kind}s each need {job.workers * each:g} {kind}s but the cluster has "
                 f"{there:g}; lower workers or {kind.lower()}s_per_worker, or add nodes"
+            )
+        room = sum(int(node.get(kind, 0.0) / each + 1e-9) for node in nodes) if each else job.workers
+        if job.workers > room:
+            raise ClusterError(
+                f"{job.workers} workers with {each:g} {kind}s each do not fit: a worker lies on one node, and the "
+                f"{len(nodes)} nodes have room for {room}; lower workers or {kind.lower()}s_per_worker, or add larger nodes"
             )
 
 
@@ -155,9 +164,12 @@ def _progress(on_progress: Progress | None) -> Iterator[str]:
         yield ""
         return
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     name = f"progress-{uuid.uuid4().hex[:12]}"
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=name).remote()
+    # on this node: it must outlive the loss of any other, after which new workers look for it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).options(name=name, scheduling_strategy=here).remote()
     done = threading.Event()
     with ThreadPoolExecutor(1, "progress") as thread:
         listening = thread.submit(_listen, mailbox, on_progress, done)

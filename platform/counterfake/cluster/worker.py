@@ -124,7 +124,7 @@ class _Reporter:
 
     def _add(self, tick: loop.Tick) -> None:
         images = tick.images - self.summary.get("images", 0)
-        seconds = self.summary.get("train_seconds", 0.0) + images / tick.images_per_second
+        seconds = self.summary.get("train_seconds", 0.0) + images / max(tick.images_per_second, 1e-9)
         self.summary.update(
             metrics=tick.metrics,
             steps=tick.step,

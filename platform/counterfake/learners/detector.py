@@ -87,6 +87,7 @@ class DetectorLearner:
         self.best: dict[str, Tensor] = {}  # weights of the best validation so far
         self.best_auc = -1.0
         self._seen = torch.zeros(2, device=device)  # pictures of each class, of this rank; not stored
+        self._seen_since = 0  # images before the first of them
         self._checked = False
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -164,6 +165,7 @@ class DetectorLearner:
             self.average.load_state_dict(state["average"])
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self.best_auc, self.steps, self.images = state["best_auc"], state["steps"], state["images"]
+        self._seen_since = self.images  # the classes are counted anew
 
     # -- private ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,8 @@ class DetectorLearner:
             group["lr"] = 0.0 if frozen and group["part"] == "features" else factor * group["peak_lr"]
 
     def _lr_tensor(self) -> Tensor:
-        return torch.tensor(self.optimizer.param_groups[-1]["lr"])
+        # on the device, where the tick stacks it with the other metrics
+        return torch.full((), self.optimizer.param_groups[-1]["lr"], device=self.device)
 
     def _update_average(self, rows: int) -> None:
         if self.average is None:
@@ -212,7 +215,7 @@ class DetectorLearner:
             return
         self._seen += torch.stack([(fake == 0).sum(), (fake == 1).sum()])
         limit = min(CLASS_CHECK_IMAGES * dist.world_size(), self.context.images_per_epoch)
-        if self.images < limit:
+        if self.images - self._seen_since < limit:
             return
         self._checked = True
         real, fakes = (int(v) for v in self._seen.tolist())
