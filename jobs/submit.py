@@ -20,6 +20,7 @@ from counterfake.errors import ClusterError, ConfigError
 from counterfake.workspace import Workspace
 from jobs.console import Console
 
+_RAY_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PASSED_ON = (
     "AWS_",
     "MLFLOW_",
@@ -81,6 +82,8 @@ def _places(workspace: Workspace) -> list[str]:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    # Ray lets these win over the address it is given: the job would go to another cluster than the one that was named
+    hidden = {name: os.environ.pop(name) for name in _RAY_ADDRESSES if name in os.environ}
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # the client raises ConnectionError, RuntimeError or requests' errors
@@ -89,6 +92,8 @@ def _client(address: str) -> Any:
         if "token" in text.lower() or "401" in text or "auth" in text.lower():
             hint = "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE as on the head"
         raise ClusterError(f"no Ray cluster answers at {address}: {text}; {hint}") from error
+    finally:
+        os.environ.update(hidden)
 
 
 def _follow_to_the_end(client: Any, job_id: str, console: Console) -> None:

@@ -153,7 +153,12 @@ def test_a_log_that_breaks_off_is_not_the_end_of_the_job(monkeypatch: pytest.Mon
     assert submit.submit("true", address="http://head", follow=True, working_dir=None, console=quiet) == 0
 
 
-def test_submit_to_nothing_names_the_address_and_a_way_out(free_port: int) -> None:
+@pytest.mark.parametrize("elsewhere", ["", "http://127.0.0.1:1"], ids=["plain", "RAY_ADDRESS-set"])
+def test_submit_to_nothing_names_the_address_and_a_way_out(
+    free_port: int, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if elsewhere:
+        monkeypatch.setenv("RAY_ADDRESS", elsewhere)  # must not win over --address
     result = invoke("submit", "train-gan", "dcgan-mnist-s4", "--address", f"http://127.0.0.1:{free_port}")
     assert isinstance(result.exception, CounterfakeError)
     assert f"127.0.0.1:{free_port}" in str(result.exception)
