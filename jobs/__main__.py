@@ -85,7 +85,9 @@ def run(
     resolved = resolve(module, preset, sets, settings, workers)
     if show:
         return console.result(config.to_dict(resolved))
-    console.result(module.run(resolved, open_workspace(home, storage, tracking), console=console))
+    outcome = module.run(resolved, open_workspace(home, storage, tracking), console=console)
+    short = getattr(module, "headline", None)  # of a job whose result is long
+    console.result(short(outcome) if short and not as_json else outcome)
     return None
 
 

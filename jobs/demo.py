@@ -91,6 +91,21 @@ def run(job: DemoJob, workspace: Workspace, *, console: Console | None = None) -
     return summary
 
 
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to read at the end; `--json` and summary.json have everything."""
+    stages = summary["stages"]
+    auc, served = stages["ensemble"]["evaluation"]["auc"], stages["served"]
+    return {
+        "minutes": round(summary["seconds"] / 60, 1),
+        "test AUC": f"{auc['value']:.3f} (95 % interval {auc['low']:.3f} to {auc['high']:.3f})",
+        "gate": "passed" if stages["champion"]["promoted"] else stages["champion"]["refused"],
+        "verdicts over HTTP": f"{served['right']} of {served['decided']} decided ones right, {served['requests']} asked",
+        "report": summary["report"],
+        "figures": str(Path(summary["report"]).with_name("summary.json")),
+        **({"page": summary["page"]} if "page" in summary else {}),
+    }
+
+
 class _Walk:
     """The stages taken so far, what each gave, and the two files they end in."""
 

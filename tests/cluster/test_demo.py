@@ -45,6 +45,7 @@ def test_the_main_job_walks_from_pictures_to_verdicts_and_resumes(
     assert served["requests"] == 4
     assert served["model"]["digest"] == champion.digest
     assert summary["stages"]["metrics"]["series"] > 20
+    assert demo.headline(summary)["gate"] == "passed"
     page = (workspace.home / "demo" / "report.html").read_text()
     assert not re.search(r'(src|href)="https?:', page), "the report must be self-contained"
     assert page.count("data:image/") > 8
