@@ -64,7 +64,7 @@ def begin(settings: Settings, workspace: Workspace) -> tuple[str, ...]:
     from serving import control, models  # torch and mlflow; gateways do without
 
     model = models.RegistrySource(settings.model, workspace).start()
-    control.write_start(workspace, model)
+    control.write_start(settings, workspace, model)
     return tuple(member.name for member in model.members)
 
 

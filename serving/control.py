@@ -26,17 +26,21 @@ from serving.settings import APPLICATION, Settings
 
 logger = logging.getLogger(__name__)
 
-START, STATE = f"serving/{APPLICATION}/start.json", f"serving/{APPLICATION}/state.json"
 SAVE_SECONDS = 20.0
 SHOW_SECONDS = 5.0  # that /metrics waits for what it shows to be stored
 FORGET_SECONDS = 3600.0
 
 
-def write_start(workspace: Workspace, model: Model) -> str:
+def place(settings: Settings, name: str) -> str:
+    """Key of what a service keeps on storage. Services on one storage keep apart by their port."""
+    return f"serving/{APPLICATION}-{settings.port}/{name}.json"
+
+
+def write_start(settings: Settings, workspace: Workspace, model: Model) -> str:
     """Record what a new deployment begins with; a running one goes on with what it follows. Returns the build id."""
     build = uuid.uuid4().hex
     body = {"build": build, "live": model.model_dump()}
-    open_store(workspace.storage).put(START, json.dumps(body).encode())
+    open_store(workspace.storage).put(place(settings, "start"), json.dumps(body).encode())
     return build
 
 
@@ -46,11 +50,10 @@ class Control:
     def __init__(self, settings: Settings, workspace: Workspace) -> None:
         self._settings, self._workspace = settings, workspace
         self._store = open_store(workspace.storage)
-        start, state = _read(self._store, START), _read(self._store, STATE)
+        start, state = (_read(self._store, place(settings, name)) for name in ("start", "state"))
         if not start:
-            raise NotFoundError(
-                f"{workspace.storage}/{START} is missing; start the application with serving.app"
-            )
+            missing = f"{workspace.storage}/{place(settings, 'start')}"
+            raise NotFoundError(f"{missing} is missing; start the application with serving.app")
         self._build = start["build"]
         live = state["live"] if state.get("build") == self._build else start["live"]
         self._totals = Totals.from_state(state["totals"]) if state else Totals()
@@ -135,7 +138,7 @@ class Control:
                 return
             covers, data = self._asked, json.dumps(self._state()).encode()
             try:
-                await asyncio.to_thread(self._store.put, STATE, data)
+                await asyncio.to_thread(self._store.put, place(self._settings, "state"), data)
             except (CounterfakeError, OSError) as error:  # counts may fall if this process also dies now
                 logger.warning("the state of %s was not saved: %s", APPLICATION, error)
             self._saved = covers

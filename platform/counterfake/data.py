@@ -191,10 +191,15 @@ class _Block:
 
     def decode(self, row: int) -> NDArray[np.uint8]:
         """(H, W, C) uint8 of a row."""
-        if self.pixels is not None:
-            return self.pixels[row]
+        return self.pixels[row] if self.pixels is not None else media.decode_trusted(self._bytes(row))
+
+    def decode_into(self, row: int, out: NDArray[np.uint8]) -> bool:
+        """The same straight into `out`, where that can be done."""
+        return self.pixels is None and media.decode_into(self._bytes(row), out)
+
+    def _bytes(self, row: int) -> bytes:
         assert self.media is not None
-        return media.decode_trusted(bytes(self.media[self.ends[row] : self.ends[row + 1]]))
+        return bytes(self.media[self.ends[row] : self.ends[row + 1]])
 
 
 class _Decoder:
@@ -204,6 +209,7 @@ class _Decoder:
         self._loader = loader
         self._shards = loader._shards
         self._preprocess = loader.config.preprocess
+        self._as_stored = self._preprocess.crop == "none" and self._preprocess.channels == 3
         self._raw_shape = loader.version.shape
         self._vocabulary = {
             name: {value: index for index, value in enumerate(values)}
@@ -252,7 +258,8 @@ class _Decoder:
             block = blocks[shard, number]
             label = block.rows[row]
             try:
-                images[slot] = self._preprocess.apply(block.decode(row), label[5])
+                if not (self._as_stored and block.decode_into(row, images[slot])):
+                    images[slot] = self._preprocess.apply(block.decode(row), label[5])
             except (MediaError, DataError, ValueError) as error:
                 where = f"{self._loader.dataset.store.uri}/{self._shards[shard].key}"
                 raise DataError(f"{where}, id {label[0]}: {error}") from error

@@ -85,6 +85,21 @@ def decode_trusted(data: bytes, limits: Limits | None = None) -> Pixels:
         raise MediaError("undecodable", f"the {kind} data is damaged or cut short: {text}") from error
 
 
+def decode_into(data: bytes, out: Pixels) -> bool:
+    """Writes `decode_trusted`'s pixels into out (H, W, 3), without an array in between, if `data` is a plain JPEG of that
+    very size. False: it is not, and `out` may hold anything."""
+    if not data.startswith(b"\xff\xd8") or b"Exif\0\0" in data or b"ICC_PROFILE\0" in data:
+        return False
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space not in ("YCbCr", "Gray") or (height, width, 3) != out.shape:
+            return False
+        simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
+    except (ValueError, KeyError):  # not to the letter: the slower way decides
+        return False
+    return True
+
+
 def header_size(data: bytes, kind: Kind) -> tuple[int, int]:
     """(width, height) as the header claims, read without a decoder. Raises MediaError if there is no such header."""
     try:

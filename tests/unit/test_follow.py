@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 from counterfake.errors import CheckpointError, StorageError, TrackingError
+from counterfake.storage import open_store
 from counterfake.telemetry import Telemetry, Totals
+from counterfake.workspace import Workspace
+from serving import control
 from serving.follow import Follower, Holding
 from serving.schemas import Member, Model
+from serving.settings import Settings
 
 
 def model(version: int, *members: str) -> Model:
@@ -189,3 +194,12 @@ def test_new_members_are_deployed_first_and_get_more_time() -> None:
     assert scene.follower.live.version == 1
     scene.follower.advance(scene.holding("d1", "d2", members=("cnn", "digits", "third")))
     assert scene.follower.live.version == 2
+
+
+def test_two_services_on_one_storage_do_not_share_what_they_keep(workspace: Workspace) -> None:
+    first, second = Settings(port=8000), Settings(port=8001)
+    control.write_start(first, workspace, model(1))
+    control.write_start(second, workspace, model(2))
+    store = open_store(workspace.storage)
+    begun = [json.loads(store.read(control.place(s, "start")))["live"]["version"] for s in (first, second)]
+    assert begun == [1, 2]

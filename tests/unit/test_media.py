@@ -356,3 +356,34 @@ def test_simplejpeg_header_agrees_with_ours() -> None:
     data = encode(picture(31, 77), "jpeg")
     height, width, *_ = simplejpeg.decode_jpeg_header(data)
     assert media.header_size(data, "jpeg") == (width, height) == (77, 31)
+
+
+@pytest.mark.parametrize(
+    "kind", ["420", "422", "444", "GRAY", "progressive", "rgb", "cmyk", "exif", "png", "smaller", "larger"]
+)
+def test_decoding_into_a_buffer_gives_the_same_pixels_or_declines(kind: str) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    if kind in ("420", "422", "444"):
+        image.save(buffer, "JPEG", subsampling={"444": 0, "422": 1, "420": 2}[kind])
+    elif kind in ("GRAY", "cmyk"):
+        image.convert("L" if kind == "GRAY" else "CMYK").save(buffer, "JPEG")
+    elif kind == "exif":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # rotated
+        image.save(buffer, "JPEG", exif=exif)
+    elif kind in ("smaller", "larger"):
+        image.resize((24, 32) if kind == "smaller" else (40, 32)).save(buffer, "JPEG")
+    else:
+        image.save(
+            buffer, "PNG" if kind == "png" else "JPEG", **{kind: True} if kind == "progressive" else {}
+        )
+        if kind == "rgb":
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", keep_rgb=True)
+    out = np.zeros((32, 32, 3), np.uint8)
+    done = media.decode_into(buffer.getvalue(), out)
+    assert done == (kind not in ("rgb", "cmyk", "exif", "png", "smaller", "larger"))
+    if done:
+        np.testing.assert_array_equal(out, media.decode_trusted(buffer.getvalue()))
+        np.testing.assert_array_equal(out, media.decode(buffer.getvalue()))
