@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -202,6 +203,34 @@ class _Block:
         return bytes(self.media[self.ends[row] : self.ends[row + 1]])
 
 
+class _Buffers:
+    """Batch memory that is used again once no tensor refers to it: fresh pages for a large batch cost a good part of its
+    decoding. Pinned memory is kept by torch's own allocator."""
+
+    MOST = 32
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned, self._lock = pinned, threading.Lock()
+        self._arrays: list[NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A uint8 tensor with whatever was in it before."""
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        with self._lock:
+            return torch.from_numpy(self._free(shape))  # the tensor's storage holds the array
+
+    def _free(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        for index in range(len(self._arrays)):
+            # the list and getrefcount's own argument: nobody else
+            if sys.getrefcount(self._arrays[index]) == 2 and self._arrays[index].shape == shape:
+                return self._arrays[index]
+        array = np.empty(shape, np.uint8)
+        if len(self._arrays) < self.MOST:
+            self._arrays.append(array)
+        return array
+
+
 class _Decoder:
     """Opens shards and record batches, keeps the latest, and fills batches. Used by several threads at once."""
 
@@ -222,14 +251,14 @@ class _Decoder:
         self._most_readers = 2 * each * loader.config.mix_shards + 8
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
-        self._pin = torch.cuda.is_available()
+        self._buffers = _Buffers(pinned=torch.cuda.is_available())
         self.closed = threading.Event()
 
     def batch(self, step: int) -> Batch:
         """Decode this rank's share of `step`. Raises DataError naming shard and id."""
         plan = self._loader.plan(step).tolist()
         side, channels = self._preprocess.size, self._preprocess.channels
-        images = torch.empty((len(plan), side, side, channels), dtype=torch.uint8, pin_memory=self._pin)
+        images = self._buffers.take((len(plan), side, side, channels))
         labels = self._fill(images.numpy(), plan)
         ids = [row[0] for row in labels]
         fake, class_id, identity, maker = (

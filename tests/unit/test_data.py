@@ -430,3 +430,18 @@ def test_streams_are_the_common_divisor() -> None:
     assert DataConfig(batch_size=50).streams == 2
     assert DataConfig(batch_size=7).streams == 1
     assert data.DataConfig(batch_size=8, lanes=3).streams == 1
+
+
+def test_batch_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    buffers = data._Buffers(pinned=False)
+    first = buffers.take((2, 4, 4, 3))
+    view = first.permute(0, 3, 1, 2)[1:]
+    address = first.data_ptr()
+    del first
+    second = buffers.take((2, 4, 4, 3))
+    assert second.data_ptr() != address  # the view still shows the first
+    del view
+    assert buffers.take((2, 4, 4, 3)).data_ptr() == address
+    array = buffers.take((2, 4, 4, 3)).numpy()
+    assert buffers.take((2, 4, 4, 3)).data_ptr() not in (array.ctypes.data, second.data_ptr())
+    assert buffers.take((1, 4, 4, 3)).shape == (1, 4, 4, 3)
