@@ -1,7 +1,7 @@
 """Train a face swap: one encoder for everyone, a decoder per person.
 
     counterfake run train-swap swap-demo                                    2 cores: about 90 s; features and colours swap
-    counterfake run train-swap swap-shared-small --set data.uri=faces       2 cores: about 40 min; 64 px
+    counterfake run train-swap swap-shared-small --set data.uri=faces       20,000 updates at 64 px
     counterfake run train-swap swap-shared --set data.uri=faces --set workers=4 --set gpus_per_worker=1
                                                                             the code of 2017; one GPU: about a day
 
