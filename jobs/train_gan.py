@@ -8,7 +8,7 @@
 
 Hardware: any. The step alone does 700 to 770 digits/s on 2 cores (1,190 in bf16), so an epoch of MNIST takes a minute or
 more; 3 epochs on 2 busy workers took 7 minutes (EXPERIMENTS). Expected of dcgan-mnist-s4: both accuracies of the
-discriminator drift towards 50 %; after 3 epochs the grid shows strokes, not digits. The article's 50 were not run yet.
+discriminator drift towards 50 %; after 3 epochs no digit can be read. The article's 50 were not run yet.
 The generator is exported as a bundle, the 4 x 4 grids are in MLflow.
 """
 
