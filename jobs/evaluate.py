@@ -157,6 +157,8 @@ def headline(evaluation: Mapping[str, Any]) -> KeyFigures:
 
 
 def _between(metric: Mapping[str, Any]) -> str:
+    if metric["low"] is None:
+        return "no interval: bootstraps=0"
     return f"{metric['low']:.3f} to {metric['high']:.3f}"
 
 

@@ -11,6 +11,7 @@ from sklearn import metrics as reference
 
 from counterfake.errors import DataError
 from counterfake.evaluation import detection
+from counterfake.gate import Gate
 
 
 def scores(n: int = 400, seed: int = 0, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -160,3 +161,10 @@ def test_confusion_and_reliability_count_every_row() -> None:
 def test_unusable_input_is_refused_by_name(fake: list[int], p: list[float], message: str) -> None:
     with pytest.raises(DataError, match=message):
         detection.evaluate(fake, p)
+
+
+def test_without_resamples_there_is_no_interval_and_a_gate_on_it_does_not_pass() -> None:
+    found = detection.evaluate(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), bootstraps=0)
+    assert found["auc"] == {"value": 1.0, "low": None, "high": None}
+    assert Gate(min_auc=0.9).check(found) == []
+    assert "not measured" in Gate(min_auc=0.9, interval=True).check(found)[0]

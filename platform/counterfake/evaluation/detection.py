@@ -236,7 +236,9 @@ def _interval(values: Floats) -> dict[str, float | None]:
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
     if not np.isfinite(value):
         return {"value": None, "low": None, "high": None}
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (value, value)
+    if not len(drawn):  # no resamples: no interval, rather than one of no width
+        return {"value": float(value), "low": None, "high": None}
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
