@@ -100,6 +100,17 @@ class Tick:
     due_preview: bool
     last: bool
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a scheduler of trials compares: the metrics, and where in the run they were taken."""
+        return {
+            **self.metrics,
+            "step": self.step,
+            "images": self.images,
+            "epoch": self.epoch,
+            "last": self.last,
+        }
+
 
 class Batches(Protocol):
     """What the loop needs of a data.Loader."""

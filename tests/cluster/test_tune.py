@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from counterfake import config, media
 from counterfake.cluster.space import SearchSpace
-from counterfake.cluster.tune import search
+from counterfake.cluster.tune import Trial, _scheduler, search, winner
 from counterfake.data import DataConfig
 from counterfake.errors import ClusterError, ConfigError
 from counterfake.images import Preprocess
@@ -74,7 +75,8 @@ def test_a_search_finds_records_and_returns_the_best(
     assert len(result.trials) == 3
     assert {t.state for t in result.trials} <= {"finished", "stopped early"}
     assert result.concurrent == 2  # two CPUs, one for each trial
-    assert result.best.value == max(t.value for t in result.trials if t.value is not None)
+    finished = [t.value for t in result.trials if t.state == "finished" and t.value is not None]
+    assert result.best.value == max(finished)  # one stopped early may have been better when it was stopped
     assert len(said) == 3
     assert capfd.readouterr().out == ""  # standard output belongs to results
     assert result.best.state == "finished"
@@ -114,13 +116,40 @@ def test_what_cannot_run_is_refused_before_it_starts(ray_local: object, prepared
     assert not open_store(f"{prepared.storage}/searches").list("big-search")
 
 
+def test_the_winner_ran_to_its_end_though_another_was_better_when_it_was_stopped() -> None:
+    trials = [_ended("a", 0.7, "finished"), _ended("b", 0.9, "stopped early"), _ended("c", 0.8, "finished")]
+    assert winner(trials, "max").name == "c"
+    assert winner(trials, "min").name == "a"
+    assert winner([_ended("b", 0.9, "stopped early"), _ended("d", 0.1, "failed")], "max").name == "b"
+
+
+@pytest.mark.parametrize("unit", ["steps", "images", "epochs"])
+def test_no_last_report_stops_a_trial_however_bad_it_is(unit: str) -> None:
+    loop = {"steps": 0, "epochs": 0, "images": 0} | {unit: 90}
+    plan = {"job": {"loop": loop}, "grace": 1 / 3, "reduction": 3.0}  # a rung lies exactly at the end
+    scheduler = _scheduler(plan)
+    scheduler.set_search_properties("auc", "max")
+    attribute = {"steps": "step", "epochs": "epoch", "images": "images"}[unit]
+    for number in range(4):
+        trial = SimpleNamespace(trial_id=str(number))
+        scheduler.on_trial_add(None, trial)
+        report = {attribute: 92, "auc": 1.0 - 0.2 * number, "last": True}  # a batch beyond the duration
+        assert scheduler.on_trial_result(None, trial, report) == "CONTINUE"
+        scheduler.on_trial_complete(None, trial, report)
+
+
+def _ended(name: str, value: float, state: str) -> Trial:
+    settings = {"learner.lr": value}
+    return Trial(name=name, settings=settings, value=value, steps=8, state=state, run_id=name, seconds=1.0)  # type: ignore[arg-type]
+
+
 # A search in a process of its own, so that it can be killed as a whole.
 _SCRIPT = """
 import sys, json
 from counterfake import config
 from counterfake.cluster import session
 from counterfake.cluster.space import SearchSpace
-from counterfake.cluster.tune import search
+from counterfake.cluster.tune import Trial, _scheduler, search, winner
 from counterfake.loop import TrainJob
 from counterfake.workspace import Workspace
 import counterfake.learners, counterfake.nets

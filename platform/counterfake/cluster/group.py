@@ -70,10 +70,7 @@ class _RayHost:
         import ray.train
 
         last = ray.train.Checkpoint.from_directory(folder) if folder else None
-        figures = {"step": tick.step, "images": tick.images, "epoch": tick.epoch}
-        ray.train.report(
-            {**tick.metrics, **figures, "images_per_second": tick.images_per_second}, checkpoint=last
-        )
+        ray.train.report({**tick.figures, "images_per_second": tick.images_per_second}, checkpoint=last)
         if self._progress is not None and dist.is_main():
             self._progress.put.remote(dataclasses.asdict(tick))
 

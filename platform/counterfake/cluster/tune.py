@@ -151,6 +151,16 @@ def concurrency(nodes: Sequence[Mapping[str, float]], *, workers: int, cpus: flo
     return fit_at_once
 
 
+def winner(trials: Sequence[Trial], mode: str) -> Trial:
+    """The best of those that ran to their end; of those stopped early only where there is no other.
+
+    Values after different durations do not compare, and a trial that was stopped left no bundle."""
+    measured = [t for t in trials if t.value is not None and t.state != "failed"]
+    sign = 1 if mode == "max" else -1
+    rivals = [t for t in measured if t.state == "finished"] or measured
+    return max(rivals, key=lambda t: (sign * (t.value or 0.0), t.steps))
+
+
 def importance(
     space: SearchSpace, settings: Sequence[Mapping[str, Any]], values: Sequence[float]
 ) -> dict[str, float]:
@@ -284,7 +294,7 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
 
     def tell(tick: Tick) -> None:
         if order["metric"] in tick.metrics:
-            tune.report({**tick.metrics, "step": tick.step, "images": tick.images, "epoch": tick.epoch})
+            tune.report(tick.figures)
 
     if job.workers:
         from ray.tune.integration.ray_train import TuneReportCallback
@@ -294,7 +304,13 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
         result = fit(job, workspace, parent_run=order["parent"], on_progress=tell)
     if result.reused:  # it had finished, but the killed search did not know yet
         tune.report(
-            {**result.metrics, "step": result.steps, "images": result.images, "epoch": job.loop.epochs}
+            {
+                **result.metrics,
+                "step": result.steps,
+                "images": result.images,
+                "epoch": job.loop.epochs,
+                "last": True,
+            }
         )
 
 
@@ -332,17 +348,24 @@ def _searcher(plan: Mapping[str, Any], slots: int) -> Any:
 
 
 def _scheduler(plan: Mapping[str, Any]) -> Any:
-    """ASHA, counting in the unit of the job's own duration, so that trials with other batch sizes compare."""
-    from ray.tune.schedulers import ASHAScheduler
+    """ASHA, counting in the unit of the job's own duration, so that trials with other batch sizes compare.
+
+    The last report of a trial never stops it: its bundle is still to be written."""
+    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+    class UntilTheLast(ASHAScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if result.get("last"):
+                return str(TrialScheduler.CONTINUE)
+            return str(super().on_trial_result(tune_controller, trial, result))
 
     loop = plan["job"]["loop"]
     unit, length = next(
         (u, loop[k]) for u, k in (("step", "steps"), ("epoch", "epochs"), ("images", "images")) if loop[k]
     )
-    # a little beyond the end: the last report must not stop a trial before it has written its bundle
-    return ASHAScheduler(
+    return UntilTheLast(
         time_attr=unit,
-        max_t=length * 1.01 + 1,
+        max_t=length,
         grace_period=plan["grace"] * length,
         reduction_factor=plan["reduction"],
     )
@@ -438,9 +461,7 @@ def _conclude(
     if not measured:
         reason = next((t.error for t in found if t.error), f"no trial reported {plan['metric']}")
         raise TrainingError(f"all {len(found)} trials of {name} failed; the first: {reason}")
-    sign = 1 if plan["mode"] == "max" else -1
-    # a trial that ran to its end is preferred among equals
-    best = max(measured, key=lambda t: (sign * (t.value or 0.0), t.state == "finished", t.steps))
+    best = winner(measured, plan["mode"])
     weights = importance(
         space, [t.settings for t in measured], [t.value for t in measured if t.value is not None]
     )
