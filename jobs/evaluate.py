@@ -3,7 +3,7 @@
     counterfake run evaluate --set model=mobilenetv2-faces@champion --set data.uri=faces@4       2 cores: seconds per 1,000
     counterfake run evaluate --set model=runs/models/benford-1a2b3c4d --set data.uri=ciplab
 
-Leaves `runs/evaluations/<model>-<digest>/` with evaluation.json and report.html, and the same in MLflow (experiment
+Leaves `runs/evaluations/<model>-<digest>-on-<dataset>-<version>-<split>/` with evaluation.json and report.html, and the same in MLflow (experiment
 "evaluation"). Intervals: 1,000 resamples of videos or identities. Groups: maker, source, and attributes such as difficulty.
 """
 
@@ -74,7 +74,7 @@ def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = Non
         rows.probabilities[loaded.name], threshold=job.threshold, bootstraps=job.bootstraps, seed=job.seed
     )
     evaluation = {**found, "latency_ms": _latency(loaded, data, workspace), "split": data.split}
-    target = workspace.home / "evaluations" / f"{loaded.name}-{loaded.bundle.digest[:8]}"
+    target = workspace.home / "evaluations" / _folder(loaded.bundle, evaluation)
     with Tracker.at(workspace).start("evaluation", loaded.name, params=config.to_dict(job)) as log:
         plots = report.detection_plots(rows.fake, rows.probabilities[loaded.name], evaluation)
         page = _page(
@@ -154,6 +154,12 @@ def headline(evaluation: Mapping[str, Any]) -> KeyFigures:
 
 
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+def _folder(model: bundle.Bundle, evaluation: Mapping[str, Any]) -> str:
+    dataset = evaluation["dataset"]
+    judged = f"{dataset['uri'].rstrip('/').rpartition('/')[2]}-{dataset['version']}-{evaluation['split']}"
+    return f"{model.name}-{model.digest[:8]}-on-{judged.replace('*', 'all')}"
 
 
 def _between(metric: Mapping[str, Any]) -> str:

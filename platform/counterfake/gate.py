@@ -40,6 +40,8 @@ class Gate:
         if name == "max_auc_drop":
             if current is None or (before := figure(current, "auc", "value")) is None:
                 return None  # nothing to fall below
+            if (judged := _judged_on(found)) != (held := _judged_on(current)):
+                return f"a drop of auc cannot be told: judged on {judged}, the current one on {held}; evaluate both alike"
             name, bound = "min_auc", before - bound
         kind, metric = name.split("_", 1)
         end = ("low" if kind == "min" else "high") if self.interval else "value"
@@ -50,6 +52,12 @@ class Gate:
             return None
         which = "" if end == "value" else f" ({end} end of its interval)"
         return f"{metric} is {value:.4g}{which}, must be {'at least' if kind == 'min' else 'at most'} {bound:.4g}"
+
+
+def _judged_on(evaluation: Mapping[str, Any]) -> str:
+    dataset = evaluation.get("dataset") or {}
+    digest = str(dataset.get("digest", "an unknown digest"))[:12]
+    return f"{dataset.get('uri', 'an unknown dataset')} ({digest}) split {evaluation.get('split', 'unknown')}"
 
 
 CHAMPION = Gate(

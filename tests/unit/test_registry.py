@@ -186,6 +186,15 @@ def test_a_worse_model_does_not_follow_a_better_one(registry: Registry, three: s
     assert registry.get(f"{three}@champion").version == 3
 
 
+def test_a_drop_is_told_only_between_figures_of_one_split() -> None:
+    before = {**figures(0.9), "dataset": {"uri": "s3://b/faces", "digest": "a" * 64}, "split": "test"}
+    same, other = {**before, **figures(0.89)}, {**before, **figures(0.99), "split": "train"}
+    assert Gate(max_auc_drop=0.02).check(same, before) == []
+    (line,) = Gate(max_auc_drop=0.02).check(other, before)
+    assert "split train" in line
+    assert "split test" in line
+
+
 def test_rollback_walks_back_through_what_was_champion(registry: Registry, three: str) -> None:
     for version in (1, 2, 3):
         registry.promote(three, version)

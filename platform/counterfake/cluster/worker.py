@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -20,7 +21,7 @@ from counterfake import checkpoint, dist, loop
 from counterfake.bundle import Kind, write_nets
 from counterfake.config import from_dict, to_dict
 from counterfake.data import Batch, DataConfig, Loader
-from counterfake.errors import CheckpointError, TrackingError
+from counterfake.errors import CheckpointError, ConfigError, TrackingError
 from counterfake.learners import Learner, LearnerContext
 from counterfake.storage import open_store
 from counterfake.tracking import Run, Tracker
@@ -72,6 +73,8 @@ def work(order: Order, host: Host) -> dict[str, Any]:
     dist.seed_build(job.loop.seed)
     learner = job.learner.build(device=device, context=_context(job, loader))
     summary = _resume(learner, order, host)
+    if dist.is_main():
+        _check_shared(order)
     run = Tracker.at(order.workspace).resume(order.run_id) if dist.is_main() else None
     logger.info(
         "%s: rank %d of %d on %s from step %d",
@@ -176,6 +179,25 @@ def _closing(run: Run | None) -> Iterator[None]:
         raise
     if run:
         run.close()
+
+
+def _check_shared(order: Order) -> None:
+    """Refuse at once a worker whose files are not the driver's: its metrics and checkpoints would be lost at the end."""
+    here = socket.gethostname()
+    store = open_store(f"{order.workspace.training}/{order.name}")
+    if not store.exists("run.json"):
+        raise ConfigError(
+            f"the worker on {here} does not see {store.uri}/run.json, which the driver wrote; on several machines "
+            "use s3:// storage, or a folder that all of them mount"
+        )
+    if not order.workspace.tracking_uri.startswith("http"):
+        try:
+            Tracker.at(order.workspace).read(order.run_id)
+        except TrackingError as error:
+            raise TrackingError(
+                f"the worker on {here} does not find run {order.run_id} in {order.workspace.tracking_uri}; on several "
+                "machines use an MLflow server (http://…)"
+            ) from error
 
 
 def _set_threads(job: loop.TrainJob) -> None:
