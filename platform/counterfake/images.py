@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from counterfake import config
+from counterfake import config, faces
 from counterfake.errors import ConfigError, DataError
-from counterfake.faces import Box, crop_box
+from counterfake.faces import MARGIN, Box, Face, Point
 
 Pixels = NDArray[np.uint8]
 
@@ -30,8 +30,10 @@ class Preprocess:
 
     size: int = 96  # side of the square, pixels
     channels: int = 3  # 3 = RGB, 1 = luma
-    crop: Literal["none", "center", "face"] = "none"  # none: the whole picture, its aspect ratio given up
-    margin: float = 1.3  # side of the face crop / longer side of the face box
+    # none: the whole picture, its aspect ratio given up; face: a square around the face; aligned: the same with the eyes
+    # level and at fixed places, where they are known
+    crop: Literal["none", "center", "face", "aligned"] = "none"
+    margin: float = MARGIN  # side of the face crop / longer side of the face box
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3) or self.margin <= 0:
@@ -44,24 +46,54 @@ class Preprocess:
         """SHA-256 of the settings: a bundle refuses pixels made with others."""
         return config.digest(self)
 
-    def apply(self, pixels: Pixels, face_box: Box | None = None) -> Pixels:
-        """pixels (H, W, C) uint8 -> (size, size, channels) uint8. Raises DataError if crop is "face" without a box."""
-        return resize(_channels(self._cropped(pixels, face_box), self.channels), self.size, self.size)
+    @property
+    def needs_face(self) -> bool:
+        """Whether `apply` asks for a face box."""
+        return self.crop in ("face", "aligned")
 
-    def _cropped(self, pixels: Pixels, face_box: Box | None) -> Pixels:
-        height, width = pixels.shape[:2]
+    def apply(
+        self, pixels: Pixels, face_box: Box | None = None, landmarks: Sequence[Point] | None = None
+    ) -> Pixels:
+        """pixels (H, W, C) uint8 -> (size, size, channels) uint8. landmarks: the eyes first, used by crop="aligned".
+
+        Raises DataError if the crop needs a face and there is no box."""
+        return resize(
+            _channels(self._cropped(pixels, face_box, landmarks), self.channels), self.size, self.size
+        )
+
+    def place(
+        self, landmarks: Sequence[Point], image_size: tuple[int, int], face_box: Box | None = None
+    ) -> list[Point]:
+        """Where `apply` moves points of a picture of image_size (width, height): pixels of the square."""
+        if self.crop == "aligned" and face_box is not None:
+            move = faces.alignment(Face(face_box, 1.0, list(landmarks)), self.size, self.margin)
+            if move is not None:
+                return [(float(x), float(y)) for x, y in np.array(landmarks) @ move[:, :2].T + move[:, 2]]
+        width, height = image_size
+        left, top, right, bottom = 0, 0, width, height
+        if self.crop == "center":
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            right, bottom = left + side, top + side
+        elif self.needs_face and face_box is not None:
+            left, top, right, bottom = faces.crop_box(face_box, self.margin, image_size)
+        across, down = self.size / (right - left), self.size / (bottom - top)
+        return [((x - left) * across, (y - top) * down) for x, y in landmarks]
+
+    def _cropped(self, pixels: Pixels, face_box: Box | None, landmarks: Sequence[Point] | None) -> Pixels:
         if self.crop == "none":
             return pixels
         if self.crop == "center":
-            side = min(height, width)
-            top, left = (height - side) // 2, (width - side) // 2
+            side = min(pixels.shape[:2])
+            top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
             return pixels[top : top + side, left : left + side]
         if face_box is None:
             raise DataError(
-                "preprocess.crop is face but this sample has no face_box; ingest with faces or set crop=center"
+                f"preprocess.crop is {self.crop} but this sample has no face_box; ingest with faces or set crop=center"
             )
-        left, top, right, bottom = crop_box(face_box, self.margin, (width, height))
-        return pixels[top:bottom, left:right]
+        if self.crop == "aligned" and landmarks:
+            return faces.align(pixels, Face(face_box, 1.0, list(landmarks)), self.size, self.margin)
+        return faces.crop(pixels, face_box, self.margin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,10 @@ class NetConfig(Family, abc.ABC):
     def tiny(cls) -> Self:
         """The same architecture, small enough for a unit test."""
 
+    def without_weights(self) -> Self:
+        """The config to store beside trained weights: it names no file that may be gone."""
+        return self
+
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
