@@ -12,6 +12,7 @@ import functools
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -134,6 +135,14 @@ def encode(
             image.save(buffer, "WEBP", quality=quality, lossless=quality >= 100)
         data = buffer.getvalue()
     return embed_xmp(data, xmp) if xmp else data
+
+
+def encode_gif(frames: Sequence[Pixels], milliseconds: int = 200) -> bytes:
+    """Frames (H, W, 3) uint8 of one size -> an endless GIF, each shown for `milliseconds`."""
+    first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    return buffer.getvalue()
 
 
 def embed_xmp(data: bytes, xmp: bytes) -> bytes:
@@ -281,7 +290,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """From the first frame header (SOF)."""
-    for marker, start, end in _jpeg_segments(data):
+    for marker, start, end in jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if end - start < 6:
                 break
@@ -290,7 +299,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError("no frame header before the picture data")
 
 
-def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
     """(marker, start, end of payload) of each segment up to the first scan."""
     segments: list[tuple[int, int, int]] = []
     at = 2
@@ -322,7 +331,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _webp_size(data: bytes) -> tuple[int, int]:
     """The largest of what VP8X and the first bitstream claim, so that neither can hide the other."""
     sizes = [
-        size for name, start, end in _webp_chunks(data) if (size := _webp_chunk_size(name, data[start:end]))
+        size for name, start, end in webp_chunks(data) if (size := _webp_chunk_size(name, data[start:end]))
     ]
     if not sizes:
         raise ValueError("no picture chunk")
@@ -341,7 +350,8 @@ def _webp_chunk_size(name: bytes, chunk: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+def webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """(name, start, end of content) of each RIFF chunk."""
     chunks: list[tuple[bytes, int, int]] = []
     at = 12
     while at + 8 <= len(data) and len(chunks) < 4096:
@@ -360,24 +370,25 @@ def _jpeg_with_xmp(data: bytes, xmp: bytes) -> bytes:
         raise MediaError(
             "too_large", f"an XMP packet of {len(xmp):,} bytes does not fit into one JPEG segment (65,502)"
         )
-    segments = _jpeg_segments(data)
+    segments = jpeg_segments(data)
     for marker, start, end in reversed(segments):
         if marker == 0xE1 and data[start:end].startswith(XMP_JPEG):
             data = data[: start - 4] + data[end:]
-    lead = [s for s in _jpeg_segments(data)[:2] if s[0] == 0xE0 or data[s[1] : s[2]].startswith(b"Exif\0")]
+    lead = [s for s in jpeg_segments(data)[:2] if s[0] == 0xE0 or data[s[1] : s[2]].startswith(b"Exif\0")]
     at = lead[-1][2] if lead else 2
     payload = XMP_JPEG + xmp
     return data[:at] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[at:]
 
 
 def _jpeg_xmp(data: bytes) -> bytes | None:
-    for marker, start, end in _jpeg_segments(data):
+    for marker, start, end in jpeg_segments(data):
         if marker == 0xE1 and data[start:end].startswith(XMP_JPEG):
             return data[start + len(XMP_JPEG) : end]
     return None
 
 
-def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """(name, start, end of content) of each chunk."""
     chunks: list[tuple[bytes, int, int]] = []
     at = 8
     while at + 12 <= len(data) and len(chunks) < 65536:
@@ -389,7 +400,7 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
 
 def _png_with_xmp(data: bytes, xmp: bytes) -> bytes:
     """iTXt right after IHDR. XMP specification part 3, 1.1.5."""
-    for name, start, end in reversed(_png_chunks(data)):
+    for name, start, end in reversed(png_chunks(data)):
         if name == b"iTXt" and data[start:end].startswith(XMP_PNG + b"\0"):
             data = data[: start - 8] + data[end + 4 :]
     body = b"iTXt" + XMP_PNG + b"\0\0\0\0\0" + xmp
@@ -399,7 +410,7 @@ def _png_with_xmp(data: bytes, xmp: bytes) -> bytes:
 
 def _png_xmp(data: bytes) -> bytes | None:
     head = XMP_PNG + b"\0\0\0\0\0"  # uncompressed, no language, no translated keyword
-    for name, start, end in _png_chunks(data):
+    for name, start, end in png_chunks(data):
         if name == b"iTXt" and data[start:end].startswith(head):
             return data[start + len(head) : end]
     return None
@@ -408,7 +419,7 @@ def _png_xmp(data: bytes) -> bytes | None:
 def _webp_with_xmp(data: bytes, xmp: bytes) -> bytes:
     """VP8X with its XMP flag, and an `XMP ` chunk at the end. WebP container specification."""
     width, height = _webp_size(data)
-    chunks = [(name, data[start:end]) for name, start, end in _webp_chunks(data) if name != b"XMP "]
+    chunks = [(name, data[start:end]) for name, start, end in webp_chunks(data) if name != b"XMP "]
     flags = chunks[0][1][0] if chunks[0][0] == b"VP8X" else _webp_alpha_flag(chunks[0])
     rest = chunks[1:] if chunks[0][0] == b"VP8X" else chunks
     sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -422,4 +433,4 @@ def _webp_alpha_flag(chunk: tuple[bytes, bytes]) -> int:
 
 
 def _webp_xmp(data: bytes) -> bytes | None:
-    return next((data[start:end] for name, start, end in _webp_chunks(data) if name == b"XMP "), None)
+    return next((data[start:end] for name, start, end in webp_chunks(data) if name == b"XMP "), None)

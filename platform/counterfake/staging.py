@@ -5,10 +5,11 @@ The spool stays until the version is committed, so that a writer who was overtak
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from counterfake import grouping
 from counterfake.errors import DataError
+from counterfake.fingerprint import near_pairs
+from counterfake.grouping import Links
 from counterfake.samples import IMAGE, LABEL_TYPES, LABELS, Report, Sample, Skipped, schema
 from counterfake.versions import Shard, SplitRule, Version
 
@@ -37,30 +41,67 @@ class Plan:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """Which rows stay together. A group is known by the number of its first row."""
+
+    of: list[int]  # the group of each row
+    names: dict[int, str]  # group -> what its hash is made of, the same in every order of reading
+    settled: dict[int, str]  # group -> split, where something other than the quotas decides
+
+
 class Known:
-    """Ids, labels and groups of versions already committed; shards are read once."""
+    """Ids, labels and links of versions already committed; shards are read once."""
+
+    COLUMNS = ("id", "fake", *grouping.COLUMNS)
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.labels: dict[bytes, int | None] = {}  # id -> fake
-        self.groups: dict[str, str] = {}  # group -> split
+        self.keys: dict[str, str] = {}  # key of grouping.py -> split of the first row that has it
+        self.hashes: dict[str, str] = {}  # perceptual hash -> split of the first row that has it
         self._seen: set[str] = set()
 
-    def add(self, version: Version, rule: SplitRule, read: Callable[[Shard], pa.Table]) -> None:
-        """read(shard) -> its columns id, fake, identity, video. What a version of another line held is forgotten."""
+    def add(self, version: Version, read: Callable[[Shard], pa.Table]) -> None:
+        """read(shard) -> its COLUMNS. What a version of another line held is forgotten."""
         if self._seen - {shard.sha256 for split in version.splits for shard in version.shards(split)}:
-            self.labels, self.groups, self._seen = {}, {}, set()
+            self._forget()
         for split in version.splits:
             for shard in version.shards(split):
                 if shard.sha256 not in self._seen:
                     self._seen.add(shard.sha256)
-                    self._add_shard(read(shard), split, rule)
+                    self._add_shard(read(shard), split)
 
-    def _add_shard(self, table: pa.Table, split: str, rule: SplitRule) -> None:
-        columns = (table[name].to_pylist() for name in ("id", "fake", "identity", "video"))
-        for identifier, fake, identity, video in zip(*columns, strict=True):
+    def _add_shard(self, table: pa.Table, split: str) -> None:
+        for identifier, fake in zip(table["id"].to_pylist(), table["fake"].to_pylist(), strict=True):
             self.labels[bytes.fromhex(identifier)] = fake
-            if group := rule.group(identity, video):
-                self.groups.setdefault(group, split)
+        links = Links()
+        links.add(table)
+        for keys, picture in zip(links.keys, links.hashes, strict=True):
+            for key in keys:
+                self.keys.setdefault(key, split)
+            if picture:
+                self.hashes.setdefault(picture, split)
+
+    def touched(self, links: Links, near_bits: int) -> list[set[str]]:
+        """For each row the splits that hold a row it is linked with."""
+        found = [{self.keys[key] for key in keys if key in self.keys} for keys in links.keys]
+        if self.hashes and near_bits >= 0:
+            near = self._near(set(links.hashes) - {""}, near_bits)
+            for splits, picture in zip(found, links.hashes, strict=True):
+                splits |= near.get(picture, set())
+        return found
+
+    def _near(self, pictures: set[str], near_bits: int) -> dict[str, set[str]]:
+        """For each hash the splits of the known ones that are near."""
+        new, old = sorted(pictures), list(self.hashes)
+        splits: dict[str, set[str]] = collections.defaultdict(set)
+        for i, j in near_pairs([*new, *old], near_bits).tolist():
+            if i < len(new) <= j:
+                splits[new[i]].add(self.hashes[old[j - len(new)]])
+        return splits
 
 
 class Spool:
@@ -83,13 +124,15 @@ class Spool:
                 if isinstance(sample, Sample):
                     self._add(sample, media)
                 else:
-                    self.report.skip(sample.path, sample.reason)
+                    self.report.skip(sample.path, sample.reason, whole=sample.whole)
                 if progress is not None and count % 64 == 0:
                     progress(count)
         self._flush()
         if not self._ends:
             raise DataError(f"no samples to store ({self._story()}); check the path of the source")
         self.table = pa.concat_tables(self._tables).combine_chunks()
+        self.links = Links()
+        self.links.add(self.table)
         self.starts = np.array([0, *self._ends[:-1]])
         self.ends = np.array(self._ends)
         if progress is not None:
@@ -143,30 +186,50 @@ class Spool:
 
     def plan(self, known: Known, rule: SplitRule) -> Plan:
         """Deal the rows that are not yet `known` out to the splits, in id order."""
-        names = ("id", "fake", "class_id", "identity", "video", "split")
-        keep: list[tuple[str, int, str, str | None]] = []
+        fresh, duplicates, conflicts = self._fresh(known)
+        ids, given = (self._column(name, fresh) for name in ("id", "split"))
+        groups = self._grouped(fresh, ids, given, known, rule)
         labels: dict[str, tuple[Any, ...]] = {}  # group -> label, for the rule to balance
-        duplicates = conflicts = 0
-        columns = (self.table[name].to_pylist() for name in names)
-        for index, (identifier, fake, class_id, identity, video, split) in enumerate(
-            zip(*columns, strict=True)
+        facts = (self._column(name, fresh) for name in ("fake", "class_id"))
+        for group, label in zip(groups.of, zip(*facts, strict=True), strict=True):
+            if group not in groups.settled:
+                name = groups.names[group]
+                labels[name] = min(labels.get(name, label), label, key=str)
+        dealt = rule.assign(labels)
+        rows: dict[str, list[int]] = {name: [] for name in rule.fractions}
+        for row, group, split in zip(fresh, groups.of, given, strict=True):
+            where = split or groups.settled.get(group) or dealt[groups.names[group]]
+            rows.setdefault(where, []).append(row)
+        return Plan({name: np.array(r, np.int64) for name, r in rows.items()}, duplicates, conflicts)
+
+    def _fresh(self, known: Known) -> tuple[list[int], int, int]:
+        """Rows that are not there yet, in id order; how many are, and how many of those with another label."""
+        fresh, clashes = [], []
+        for row, (identifier, fake) in enumerate(
+            zip(*(self.table[n].to_pylist() for n in ("id", "fake")), strict=True)
         ):
             key = bytes.fromhex(identifier)
             if key in known.labels:
-                clash = _contradict(known.labels[key], fake)
-                conflicts, duplicates = conflicts + clash, duplicates + (not clash)
-                continue
-            group = rule.group(identity, video) or f"id:{identifier}"
-            keep.append((identifier, index, group, split))
-            if split is None and group not in known.groups:
-                label = (fake, class_id)
-                labels[group] = min(labels.get(group, label), label, key=str)
-        dealt = rule.assign(labels)
-        rows: dict[str, list[int]] = {name: [] for name in rule.fractions}
-        for _, index, group, split in sorted(keep):
-            name = split or known.groups.get(group) or dealt[group]
-            rows.setdefault(name, []).append(index)
-        return Plan({name: np.array(r, np.int64) for name, r in rows.items()}, duplicates, conflicts)
+                clashes.append(_contradict(known.labels[key], fake))
+            else:
+                fresh.append((identifier, row))
+        return [row for _, row in sorted(fresh)], len(clashes) - sum(clashes), sum(clashes)
+
+    def _column(self, name: str, rows: list[int]) -> list[Any]:
+        found: list[Any] = self.table[name].take(pa.array(rows, pa.int64())).to_pylist()
+        return found
+
+    def _grouped(
+        self, rows: list[int], ids: list[str], given: list[str | None], known: Known, rule: SplitRule
+    ) -> _Groups:
+        """Groups of these rows (in id order), given their ids and the splits that their sources prescribe."""
+        if rule.by == "id":
+            return _Groups(list(range(len(rows))), {row: f"id:{found}" for row, found in enumerate(ids)}, {})
+        links = self.links.take(rows)
+        of = links.groups(rule.link_bits).tolist()
+        return _Groups(
+            of, _named(of, ids, links), _settled(of, given, known.touched(links, rule.link_bits), rule)
+        )
 
     def batches(self, rows: NDArray[np.int64], rows_per_batch: int) -> Iterator[pa.RecordBatch]:
         """Record batches of these rows, media included."""
@@ -195,6 +258,29 @@ class Spool:
             size += int(length)
         if start < len(rows):
             yield rows[start:]
+
+
+def _named(of: Sequence[int], ids: Sequence[str], links: Links) -> dict[int, str]:
+    """Group -> its smallest key, or the smallest id where no row has a key; rows are in id order."""
+    keys: dict[int, str] = {}
+    for group, own in zip(of, links.keys, strict=True):
+        if own:
+            keys[group] = min(keys.get(group, own[0]), *own)
+    return {group: keys.get(group, f"id:{ids[group]}") for group in set(of)}
+
+
+def _settled(
+    of: Sequence[int], given: Sequence[str | None], touched: Sequence[set[str]], rule: SplitRule
+) -> dict[int, str]:
+    """Group -> the split of what it is linked with in earlier versions, else the one prescribed to one of its rows."""
+    earlier: dict[int, set[str]] = {}
+    prescribed: dict[int, set[str]] = {}
+    for group, split, splits in zip(of, given, touched, strict=True):
+        if splits:
+            earlier.setdefault(group, set()).update(splits)
+        if split:
+            prescribed.setdefault(group, set()).add(split)
+    return {group: rule.first(splits) for group, splits in (prescribed | earlier).items()}
 
 
 def _text(value: Any) -> Any:

@@ -12,11 +12,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from counterfake.config import canonical_json
 from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError
+from counterfake.fingerprint import BITS, NEAR_BITS
 from counterfake.storage import Store
 
 SCHEMA_VERSION = 1  # of manifest and shards; raised when an older reader would misread them
@@ -199,32 +200,38 @@ def _default_fractions() -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitRule:
-    """Which split a row goes to. Rows of one group (identity, video) always stay together.
+    """Which split a row goes to. Rows linked by identity, video, `also` or a near-copy (grouping.py) stay together.
 
     Groups are ordered by hash and dealt out by quota within each label (fake, class_id), so the result does not
-    depend on the order of reading and small sets get some of each label in each split.
+    depend on the order of reading and small sets get some of each label in each split. Three things come before that,
+    in this order: a split that a row's source prescribes; the split of an earlier version's row that the group is linked
+    with; the split prescribed to another row of the group. Where these name several, the first in `fractions` is taken.
     """
 
     fractions: dict[str, float] = dataclasses.field(default_factory=_default_fractions)
     by: Literal["identity", "id"] = "identity"  # id: every picture by itself, for data without people
+    near_copies: bool = True  # pictures with near perceptual hashes stay together (of by="identity")
+    near_bits: int = (
+        NEAR_BITS  # bits of 256 in which near hashes differ at most; beyond 31 rows are compared pairwise
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
         total = sum(self.fractions.values())
         if not self.fractions or min(self.fractions.values()) < 0 or abs(total - 1) > 1e-6:
             raise ConfigError(f"split fractions must be >= 0 and add up to 1, got {self.fractions}")
+        if not 0 <= self.near_bits < BITS:
+            raise ConfigError(f"splits.near_bits must lie in 0-{BITS - 1}, got {self.near_bits}")
 
-    def group(self, identity: str | None, video: str | None) -> str | None:
-        """The key that must not be torn apart; None if the row stands alone."""
-        if self.by == "id":
-            return None
-        return (
-            f"identity:{identity}"
-            if identity is not None
-            else f"video:{video}"
-            if video is not None
-            else None
-        )
+    @property
+    def link_bits(self) -> int:
+        """What grouping.py compares hashes by: near_bits, or -1 for not at all."""
+        return self.near_bits if self.near_copies else -1
+
+    def first(self, splits: Iterable[str]) -> str:
+        """The one of several splits that a group goes to: the first in `fractions`, then by name."""
+        order = {name: place for place, name in enumerate(self.fractions)}
+        return min(splits, key=lambda name: (order.get(name, len(order)), name))
 
     def assign(self, groups: Mapping[str, tuple[Any, ...]]) -> dict[str, str]:
         """{group: label} -> {group: split}."""
