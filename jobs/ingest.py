@@ -1,39 +1,51 @@
-"""Pictures, or procedural faces, into a versioned dataset.
+"""Pictures, videos, or procedural faces, into a versioned dataset.
 
-    counterfake run ingest synthetic-faces-demo                    800 faces: 11 s on 2 busy cores
+    counterfake run ingest synthetic-faces-demo                    800 faces: 4-7 s on 2 busy cores, audit included
     counterfake run ingest synthetic-faces                         20,000 faces, at 70-200 a second
     counterfake run ingest folder --set source.path=~/pictures --set source.licence=CC0-1.0 --set source.consent=none
+    counterfake run ingest ffpp --workers 2 --set source.path=/data/ffpp --set source.licence=research --set source.consent=research
 
-Every picture is decoded once by the decoder that serving uses; what it refuses is counted and named, and above
-`max_skipped_fraction` nothing is written. The same pictures again add no row. Sets of other people's pictures need
-their own `source.path`, `source.licence` and `source.consent`.
+Every picture is decoded once by the decoder that serving uses; every input ends as ok or skipped with its reason, and
+above `max_skipped_fraction` nothing is written. Inputs are prepared in parts, by threads here or by Ray workers (which
+must see `source.path` on every node), and staged beside the dataset: a killed ingest run again goes on where it was.
+The same pictures again add no row. Sets of other people's pictures need their own `source.path`, `source.licence` and
+`source.consent`.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
-import itertools
-import threading
+import json
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from counterfake import media
+from counterfake import parts
 from counterfake.config import digest, to_dict
-from counterfake.errors import ConfigError, DataError, MediaError
-from counterfake.faces import FaceDetector
-from counterfake.records import Report, Sample, Skipped, SplitRule, Version, write_version
+from counterfake.errors import ConfigError, DataError
+from counterfake.fingerprint import NEAR_BITS
+from counterfake.parts import Part, Receipt, Staging
+from counterfake.prepare import Recipe
+from counterfake.records import Dataset, Report, Sample, Skipped, SplitRule, Version, write_version
+from counterfake.samples import Tally
 from counterfake.sources import SourceConfig
+from counterfake.sources.celebdf import CelebdfSource
 from counterfake.sources.ciplab import CiplabSource
+from counterfake.sources.dfdc import DfdcSource
+from counterfake.sources.ffpp import FfppSource
 from counterfake.sources.folder import FolderSource
 from counterfake.sources.idx import IdxSource
 from counterfake.sources.npz import NpzSource
+from counterfake.sources.parquet import ParquetSource
 from counterfake.sources.synthetic import SyntheticSource
+from counterfake.sources.video import VideoSource
+from counterfake.storage import open_store, probe
 from counterfake.workspace import Workspace
 from jobs.console import Console
-
-CHUNK = 64  # pictures handed to the threads at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,44 +59,47 @@ class IngestJob:
     encode: str = (
         ""  # "jpeg:90", "png", "webp:100": every picture through one encoder; "" = stored as it came
     )
-    faces: Literal["", "cascade"] = ""  # find the largest face of pictures that come without a box
-    max_skipped_fraction: float = 0.01  # of the files seen; above it nothing is written
-    threads: int = 2  # that decode
+    faces: Literal["", "cascade", "cascade-default", "yunet", "ultralight"] = (
+        ""  # find the largest face of pictures that come without a box
+    )
+    faces_model: str = ""  # file of yunet or ultralight
+    max_skipped_fraction: float = 0.01  # of the inputs seen; above it nothing is written
+    threads: int = 2  # that prepare pictures here; of no effect with workers
+    workers: int = 0  # Ray workers, one CPU each; 0 = this process
+    part_inputs: int = 0  # inputs in a part, the unit of sharing and resuming; 0 = as the source suggests
+    audit: bool = True  # look for leaks and shortcuts in the version afterwards
 
     def __post_init__(self) -> None:
         if not self.into:
             raise ConfigError("ingest needs a dataset to write into: --set into=NAME")
         if not 0 <= self.max_skipped_fraction <= 1 or self.threads < 1:
             raise ConfigError("max_skipped_fraction lies in 0-1 and threads is at least 1")
-        _encoder(self.encode)
+        if self.workers < 0 or self.part_inputs < 0:
+            raise ConfigError("workers and part_inputs are at least 0")
+        _recipe(self)
 
 
 def run(job: IngestJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
-    """Read, check and store; returns the version and what became of every file."""
-    console = console or Console(quiet=True)
+    """Read, check and store; returns the version and what became of every input."""
+    console, started = console or Console(quiet=True), time.monotonic()
     _check_rights(job.source)
-    started, report = time.monotonic(), Report()
-    uri = workspace.dataset(job.into)
+    uri = _writable(workspace.dataset(job.into))
     console.stage(f"ingest {job.source.label} into {uri}")
-    with console.progress("pictures", _expected(job.source)) as advance:
-        version = write_version(
-            uri,
-            _checked(job),
-            sources={job.source.label: {"licence": job.source.licence, "consent": job.source.consent}},
-            splits=job.splits,
-            parent="append" if job.append else None,
-            report=report,
-            writer={"job": "ingest", "source": to_dict(job.source), "job_digest": digest(job)},
-            progress=_steps(advance),
-            cache=workspace.cache,
-        )
+    ingest = _Ingest(job, workspace, console, uri, _plan(job))
+    with ingest.staging() as staging:
+        reused = ingest.stage(staging)
+        receipts = [staging.receipt(part.number) for part in ingest.plan.parts]
+        report = _report(receipts)
+        _tell_skipped(receipts, console)
+        _refuse_unlabelled(job, receipts)
+        ingest.list_skipped(receipts, report)
+        _refuse_skipped(job, receipts, f"{uri}/{ingest.list_key}")
+        version = ingest.commit(staging, receipts, report)
     result = _summary(uri, version, report, time.monotonic() - started)
-    console.event(_sentence(result))
-    if unlabelled := sum(row["rows"] for row in version.counts if _says_nothing(row)):
-        console.event(
-            f"{unlabelled} of its pictures have no label, detectors cannot learn from them; "
-            "--set append=false with source.fake=0 (real) or 1 (fake) writes them with one"
-        )
+    result["parts"] = {"all": len(receipts), "reused": reused}
+    _tell(result, version, console)
+    if job.audit:
+        result["audit"] = _audit(uri, version, workspace, console)
     return result
 
 
@@ -112,10 +127,12 @@ def fashion_mnist() -> IngestJob:
 
 
 def ciplab() -> IngestJob:
-    """Real and Fake Face Detection, 2,041 faces: fakes are expert Photoshop composites."""
-    return IngestJob(
-        source=CiplabSource(), into="ciplab", splits=_thirds(), encode="jpeg:90", faces="cascade"
-    )
+    """Real and Fake Face Detection, 2,041 faces: fakes are expert Photoshop composites.
+
+    Many were made from a photograph of the set: 43 pairs of 1,631 pictures differ in at most 68 bits, 3 in at most 31.
+    """
+    splits = _thirds(near_bits=68)
+    return IngestJob(source=CiplabSource(), into="ciplab", splits=splits, encode="jpeg:90", faces="cascade")
 
 
 def stylegan_ffhq() -> IngestJob:
@@ -146,10 +163,40 @@ def folder() -> IngestJob:
     return IngestJob(source=FolderSource(), into="pictures")
 
 
+def video() -> IngestJob:
+    """Videos in a folder, or one: crops of the face that is followed through 32 frames of each."""
+    return IngestJob(source=VideoSource(), into="videos", max_skipped_fraction=0.1)
+
+
+def ffpp() -> IngestJob:
+    """FaceForensics++ as its script lays it out, c23, split as published where its splits are there."""
+    return IngestJob(source=FfppSource(), into="ffpp", max_skipped_fraction=0.1)
+
+
+def celebdf() -> IngestJob:
+    """Celeb-DF v1 or v2; the official test videos stay the test split."""
+    return IngestJob(source=CelebdfSource(), into="celebdf", max_skipped_fraction=0.1)
+
+
+def dfdc() -> IngestJob:
+    """Parts of the DFDC training set, labelled by their metadata.json."""
+    return IngestJob(source=DfdcSource(), into="dfdc", max_skipped_fraction=0.1)
+
+
+def parquet() -> IngestJob:
+    """Hugging Face image data sets: set source.label_column, or source.fake."""
+    return IngestJob(source=ParquetSource(), into="pictures")
+
+
 PRESETS: dict[str, Callable[[], IngestJob]] = {
     "synthetic-faces-demo": synthetic_faces_demo,
     "synthetic-faces": synthetic_faces,
     "folder": folder,
+    "parquet": parquet,
+    "video": video,
+    "ffpp": ffpp,
+    "celebdf": celebdf,
+    "dfdc": dfdc,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "ciplab": ciplab,
@@ -163,9 +210,150 @@ PRESETS: dict[str, Callable[[], IngestJob]] = {
 # -- private --------------------------------------------------------------------------------------------------------
 
 
-def _thirds() -> SplitRule:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    recipe: Recipe
+    parts: Sequence[Part]
+    digest: str  # of the recipe and the inputs
+
+    @property
+    def inputs(self) -> int:
+        return sum(len(part.names) for part in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ingest:
+    """One ingest under way: stage every part, then commit all of them as one version."""
+
+    job: IngestJob
+    workspace: Workspace
+    console: Console
+    uri: str
+    plan: _Plan
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Staging]:
+        """Where parts are staged: beside the dataset, until the version is there, also after an error or a kill.
+
+        A single part, which is quickly done again, lies in a temporary folder."""
+        if len(self.plan.parts) == 1:
+            with tempfile.TemporaryDirectory(prefix="counterfake-") as folder:
+                yield Staging(open_store(Path(folder).as_uri()), "staging")
+        else:
+            staging = Staging(open_store(self.uri), f"staging/{self.plan.digest[:32]}")
+            yield staging
+            staging.clear()
+
+    def stage(self, staging: Staging) -> int:
+        """Stage the parts that are not staged yet -> how many were."""
+        done = staging.done()
+        missing = [part for part in self.plan.parts if part.number not in done]
+        if done:
+            self.console.event(f"{len(done)} of {len(self.plan.parts)} parts are there already; going on")
+        with self.console.progress("inputs", self.plan.inputs) as advance:
+            advance(self.plan.inputs - sum(len(part.names) for part in missing))
+            if self._is_shared(missing):
+                for row in self._on_workers(missing, staging):
+                    advance(row["inputs"])
+            else:
+                for receipt in parts.stage_here(self.plan.recipe, missing, staging, self.job.threads):
+                    advance(receipt.inputs)
+        return len(self.plan.parts) - len(missing)
+
+    def _is_shared(self, missing: Sequence[Part]) -> bool:
+        """Whether Ray workers do it, not this process."""
+        if not self.job.workers or len(self.plan.parts) == 1 or not missing:
+            return False
+        if not self.plan.recipe.source.divisible:
+            self.console.event(
+                f"{self.job.source.path} can only be read from front to back, so it is read here; "
+                "unpacked, or as a .zip, workers could share it"
+            )
+            return False
+        return True
+
+    def _on_workers(self, missing: Sequence[Part], staging: Staging) -> Iterator[dict[str, Any]]:
+        from counterfake.cluster import bulk
+
+        return bulk.each(
+            parts.stage_one,
+            [{"number": part.number, "names": part.names} for part in missing],
+            workers=self.job.workers,
+            workspace=self.workspace,
+            recipe=to_dict(self.plan.recipe),
+            uri=self.uri,
+            prefix=staging.prefix,
+        )
+
+    @property
+    def list_key(self) -> str:
+        """Where the dataset keeps the list of inputs that this ingest skipped."""
+        return f"ingests/{self.plan.digest[:32]}.json"
+
+    def list_skipped(self, receipts: Sequence[Receipt], report: Report) -> None:
+        """Every input that was skipped, wholly or in part, and why, as JSON beside the versions."""
+        assert report.inputs is not None
+        listed = {
+            "source": to_dict(self.job.source),
+            "inputs": report.inputs.to_dict(),
+            "skipped": [entry for receipt in receipts for entry in receipt.skipped],  # (input, reason)
+            "partly": [entry for receipt in receipts for entry in receipt.partly],  # (input, reason, count)
+        }
+        open_store(self.uri).put(self.list_key, json.dumps(listed, indent=1).encode())
+
+    def commit(self, staging: Staging, receipts: Sequence[Receipt], report: Report) -> Version:
+        """One version with the rows of all parts."""
+        source = self.job.source
+        facts = {"job": "ingest", "source": to_dict(source), "job_digest": digest(self.job)}
+        items = sum(receipt.rows + len(receipt.skipped) for receipt in receipts)
+        with self.console.progress("writing", items) as advance:
+            return write_version(
+                self.uri,
+                _items(staging, receipts, self.workspace.cache),
+                sources={source.label: {"licence": source.licence, "consent": source.consent}},
+                splits=self.job.splits,
+                parent="append" if self.job.append else None,
+                report=report,
+                writer={**facts, "inputs": self.list_key},
+                progress=_steps(advance),
+                cache=self.workspace.cache,
+            )
+
+
+def _recipe(job: IngestJob) -> Recipe:
+    return Recipe(source=job.source, encode=job.encode, faces=job.faces, faces_model=job.faces_model)
+
+
+def _plan(job: IngestJob) -> _Plan:
+    names = list(job.source.names())
+    if not names:
+        raise DataError(f"{job.source.path or job.source.label} holds no files; check source.path")
+    recipe = dataclasses.replace(_recipe(job), source=job.source.settled(names))
+    size = job.part_inputs or job.source.part_inputs
+    return _Plan(recipe, parts.cut(names, size), parts.digest(recipe, names, size))
+
+
+def _items(staging: Staging, receipts: Sequence[Receipt], cache: Path) -> Iterator[Sample | Skipped]:
+    """All rows in the order of the source, and the inputs without any."""
+    for receipt in receipts:
+        yield from staging.samples(receipt, cache)
+        yield from (Skipped(name, reason) for name, reason in receipt.skipped)
+
+
+def _report(receipts: Sequence[Receipt]) -> Report:
+    """What the receipts say of inputs; rows and what was skipped are counted as they are written."""
+    skipped = sum(len(receipt.skipped) for receipt in receipts)
+    report = Report(inputs=Tally(ok=sum(r.inputs for r in receipts) - skipped, skipped=skipped))
+    for receipt in receipts:
+        for name, reason, count in receipt.partly:
+            report.skip(name, reason, count, whole=False)
+    return report
+
+
+def _thirds(near_bits: int = NEAR_BITS) -> SplitRule:
     """More calibration and test than usual: for sets of about 2,000 pictures."""
-    return SplitRule(fractions={"train": 0.6, "validation": 0.1, "calibration": 0.1, "test": 0.2})
+    fractions = {"train": 0.6, "validation": 0.1, "calibration": 0.1, "test": 0.2}
+    return SplitRule(fractions=fractions, near_bits=near_bits)
 
 
 def _check_rights(source: SourceConfig) -> None:
@@ -178,25 +366,29 @@ def _check_rights(source: SourceConfig) -> None:
         )
 
 
-def _checked(job: IngestJob) -> Iterator[Sample | Skipped]:
-    """Every picture of the source, decoded; raises DataError at the end when too many were refused."""
-    seen, unlabelled, skipped = 0, 0, []
-    workers = threading.local()
-    with ThreadPoolExecutor(job.threads, thread_name_prefix="decode") as pool:
-        for chunk in _chunks(job.source.samples()):
-            for item in pool.map(lambda sample: _check(sample, job, workers), chunk):
-                seen += 1
-                skipped += [item] if isinstance(item, Skipped) else []
-                unlabelled += isinstance(item, Sample) and item.fake is None and item.identity is None
-                yield item
-    if not seen:
-        raise DataError(f"{job.source.path or job.source.label} holds no files; check source.path")
+def _writable(uri: str) -> str:
+    """The dataset's URI, after a look at whether it can be written to at all."""
+    dataset = Dataset.open(uri)
+    if dataset.pinned is not None:
+        raise ConfigError(f"{uri} names a version, which never changes; write to the dataset, without @N")
+    if not dataset.store.is_local:
+        probe(dataset.store).require(uri)
+    return uri
+
+
+def _refuse_skipped(job: IngestJob, receipts: Sequence[Receipt], listed: str) -> None:
+    seen = sum(receipt.inputs for receipt in receipts)
+    skipped = [entry for receipt in receipts for entry in receipt.skipped]
     if len(skipped) > job.max_skipped_fraction * seen:
-        named = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:5])
+        named = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise DataError(
             f"{len(skipped)} of {seen} files cannot be used, more than max_skipped_fraction={job.max_skipped_fraction:g} "
-            f"allows; nothing was written. First: {named}"
+            f"allows; nothing was written. First: {named}; all: {listed}"
         )
+
+
+def _refuse_unlabelled(job: IngestJob, receipts: Sequence[Receipt]) -> None:
+    unlabelled = sum(receipt.unlabelled for receipt in receipts)
     if unlabelled and isinstance(job.source, FolderSource) and job.source.layout == "auto":
         raise DataError(
             f"{unlabelled} pictures of {job.source.path} lie in no folder called real or fake, so they have no label; "
@@ -204,63 +396,35 @@ def _checked(job: IngestJob) -> Iterator[Sample | Skipped]:
         )
 
 
+def _tell(result: Mapping[str, Any], version: Version, console: Console) -> None:
+    console.event(_sentence(result))
+    if conflicts := result["report"]["conflicts"]:
+        console.event(
+            f"{conflicts} pictures are there with the opposite label, which stays; find out which one is right"
+        )
+    if unlabelled := sum(row["rows"] for row in version.counts if _says_nothing(row)):
+        console.event(
+            f"{unlabelled} of its pictures have no label, detectors cannot learn from them; "
+            "--set append=false with source.fake=0 (real) or 1 (fake) writes them with one"
+        )
+
+
+def _tell_skipped(receipts: Sequence[Receipt], console: Console) -> None:
+    """A line for each reason, the most frequent first."""
+    whole, partly = collections.Counter[str](), collections.Counter[str]()
+    examples: dict[str, str] = {}
+    for name, reason in (entry for receipt in receipts for entry in receipt.skipped):
+        whole[reason] += 1
+        examples.setdefault(reason, name)
+    for name, reason, count in (entry for receipt in receipts for entry in receipt.partly):
+        partly[f"{reason} (part of an input)"] += count
+        examples.setdefault(f"{reason} (part of an input)", name)
+    for reason, count in [*whole.most_common(), *partly.most_common()]:
+        console.event(f"{count:>8,}  {reason:<36} such as {examples[reason]}")
+
+
 def _says_nothing(row: Mapping[str, Any]) -> bool:
     return row["fake"] is None and row["class_id"] is None
-
-
-def _chunks(samples: Iterable[Sample | Skipped]) -> Iterator[list[Sample | Skipped]]:
-    iterator = iter(samples)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        yield chunk
-
-
-def _check(sample: Sample | Skipped, job: IngestJob, workers: threading.local) -> Sample | Skipped:
-    if isinstance(sample, Skipped) or sample.image is None:
-        return sample
-    try:
-        pixels = media.decode(sample.image)
-    except MediaError as error:
-        return Skipped(sample.path, error.reason)
-    if job.faces and sample.face_box is None:
-        sample = _with_face(sample, pixels, job.faces, workers)
-    return _encoded(sample, pixels, job.encode) if job.encode else sample
-
-
-def _with_face(
-    sample: Sample, pixels: media.Pixels, method: Literal["cascade"], workers: threading.local
-) -> Sample:
-    if not hasattr(workers, "detector"):
-        workers.detector = FaceDetector(method)
-    face = workers.detector.largest(pixels)
-    box = None if face is None else face.box
-    return dataclasses.replace(sample, face_box=box, face_method=method, face_margin=1.0)
-
-
-def _encoded(sample: Sample, pixels: media.Pixels, encode: str) -> Sample:
-    """The sample with its picture through the one encoder; the digest of the original is kept."""
-    format, quality = _encoder(encode)
-    attributes = sample.attributes | {"encoded": encode, "original": sample.id}
-    return dataclasses.replace(
-        sample, id="", image=media.encode(pixels, format, quality), attributes=attributes
-    )
-
-
-def _encoder(text: str) -> tuple[Literal["jpeg", "png", "webp"], int]:
-    """ "jpeg:90" -> ("jpeg", 90)."""
-    name, _, quality = text.partition(":")
-    level = quality or "90"
-    for format in ("jpeg", "png", "webp"):
-        if name == format and level.isdigit() and 1 <= int(level) <= 100:
-            return format, int(level)
-    if text:
-        raise ConfigError(
-            f"encode is {text!r}; expected png, or jpeg:QUALITY or webp:QUALITY with quality 1-100"
-        )
-    return "png", 100
-
-
-def _expected(source: SourceConfig) -> int | None:
-    return source.identities * source.per_identity if isinstance(source, SyntheticSource) else None
 
 
 def _steps(advance: Callable[[int], None]) -> Callable[[int], None]:
@@ -289,10 +453,26 @@ def _summary(uri: str, version: Version, report: Report, seconds: float) -> dict
     }
 
 
-def _sentence(result: dict[str, Any]) -> str:
-    report = result["report"]
-    skipped = sum(report["skipped"].values())
+def _sentence(result: Mapping[str, Any]) -> str:
+    report, inputs = result["report"], result["report"]["inputs"]
     return (
-        f"{report['seen']} seen = {report['rows']} new + {report['duplicates']} already there + {report['conflicts']} "
-        f"contradicting + {skipped} skipped, in {result['seconds']:.1f} s -> {result['dataset']}"
+        f"{inputs['seen']} inputs = {inputs['ok']} ok + {inputs['skipped']} skipped; rows: {report['rows']} new + "
+        f"{report['duplicates']} already there + {report['conflicts']} contradicting, in {result['seconds']:.1f} s "
+        f"-> {result['dataset']}"
     )
+
+
+def _audit(uri: str, version: Version, workspace: Workspace, console: Console) -> dict[str, list[str]]:
+    """Leaks between splits and shortcuts that a detector could learn, told and returned by level."""
+    from counterfake import audit  # scikit-learn takes a second to load
+
+    dataset = Dataset.open(uri, cache=workspace.cache)
+    found = audit.stored(dataset, version)
+    if found is None:
+        with console.progress("audit", version.rows()) as advance:
+            found = audit.audit(dataset, version, progress=advance)
+    for finding in (*found.leaks, *found.warnings):
+        console.event(f"{finding.level} ({finding.kind}): {finding.text}")
+    if not found.leaks:
+        console.event(f"the audit found no leak between splits and has {len(found.warnings)} warnings")
+    return {name: [f"{f.kind}: {f.text}" for f in getattr(found, name)] for name in ("leaks", "warnings")}

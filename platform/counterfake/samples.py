@@ -143,30 +143,50 @@ def to_sample(row: dict[str, Any], shape: tuple[int, int, int] | None, split: st
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
-    """An input that gave no row, and why."""
+    """An input that gave no row, or a part of one, and why."""
 
     path: str
     reason: str
+    whole: bool = True  # False: only a part of the input (one frame of a video) gave no row
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """Inputs of an ingest, such as files: each one is ok (gave a row) or skipped."""
+
+    ok: int = 0
+    skipped: int = 0
+
+    @property
+    def seen(self) -> int:
+        return self.ok + self.skipped
+
+    def to_dict(self) -> dict[str, int]:
+        return {"seen": self.seen, "ok": self.ok, "skipped": self.skipped}
 
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """Where every input went: seen = rows + duplicates + conflicts + skipped."""
+    """Where everything went: seen = rows + duplicates + conflicts + skipped. A picture is one row, a video gives many."""
 
     rows: int = 0
     duplicates: int = 0  # the same bytes were there already
     conflicts: int = 0  # the same bytes were there with the opposite label; the first label stays
     skipped: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
-    )  # reason -> files
+    )  # reason -> inputs without any row
+    partly: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )  # reason -> parts (frames) of inputs that gave no row; not in `seen`
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # reason -> the first few paths
+    inputs: Tally | None = None  # where inputs were counted, not only rows
 
     @property
     def seen(self) -> int:
         return self.rows + self.duplicates + self.conflicts + sum(self.skipped.values())
 
-    def skip(self, path: str, reason: str) -> None:
-        self.skipped[reason] += 1
+    def skip(self, path: str, reason: str, count: int = 1, *, whole: bool = True) -> None:
+        (self.skipped if whole else self.partly)[reason] += count
         self.example(path, reason)
 
     def example(self, path: str, reason: str) -> None:
@@ -181,5 +201,7 @@ class Report:
             "duplicates": self.duplicates,
             "conflicts": self.conflicts,
             "skipped": dict(self.skipped),
+            "partly": dict(self.partly),
             "examples": self.examples,
+            "inputs": self.inputs.to_dict() if self.inputs else None,
         }

@@ -23,6 +23,7 @@ from counterfake.scoring import Scored
 from counterfake.storage import open_store
 from counterfake.workspace import Workspace
 from jobs import __main__ as command
+from jobs import data_commands
 from jobs.console import Console
 
 Call = Callable[..., tuple[int, str, str]]
@@ -100,7 +101,7 @@ def test_an_interrupt_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPa
     def interrupted(*_: object) -> Workspace:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "open_workspace", interrupted)
+    monkeypatch.setattr(data_commands, "open_workspace", interrupted)
     status, out, err = call("data", "list")
     assert (status, out) == (130, "")
     assert "the same command continues" in err

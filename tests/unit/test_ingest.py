@@ -1,24 +1,46 @@
-"""jobs/ingest.py: counts add up, the same pictures twice add no row, bad sets are refused in one line."""
+"""jobs/ingest.py and parts.py: counts add up, a kill loses no finished part, the same pictures twice add no row, bad sets
+are refused in one line."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from counterfake import media
+from counterfake import media, parts
 from counterfake.config import override
-from counterfake.errors import ConfigError, CounterfakeError, DataError, NotFoundError
-from counterfake.records import Dataset, SplitRule
+from counterfake.errors import ConfigError, CorruptError, CounterfakeError, DataError, NotFoundError
+from counterfake.fingerprint import is_hash, perceptual_hash
+from counterfake.parts import Part, Staging
+from counterfake.records import Dataset, Sample, Skipped, SplitRule
 from counterfake.sources.folder import FolderSource
+from counterfake.sources.idx import IdxSource
 from counterfake.sources.npz import NpzSource
 from counterfake.sources.synthetic import SyntheticSource
+from counterfake.storage import open_store
 from counterfake.workspace import Workspace
 from jobs.ingest import PRESETS, IngestJob, run
 
 SMALL = SyntheticSource(identities=12, per_identity=3, size=32)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def jpeg(seed: int) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return media.encode(np.kron(small, np.ones((8, 8, 1), np.uint8)), "jpeg")
 
 
 def fill(root: Path, count: int, seed: int = 0) -> Path:
@@ -36,11 +58,15 @@ def fill(root: Path, count: int, seed: int = 0) -> Path:
 
 def pictures(root: Path, **settings: object) -> IngestJob:
     source = FolderSource(path=str(root), name="mine", licence="CC0-1.0", consent="none")
-    return IngestJob(source=source, into="pictures", **settings)
+    return IngestJob(source=source, into="pictures", audit=False, **settings)
+
+
+def faces(**settings: Any) -> IngestJob:
+    return IngestJob(**{"source": SMALL, "into": "faces", "audit": False, **settings})
 
 
 def test_synthetic_faces_become_a_version_with_people_kept_apart(workspace: Workspace) -> None:
-    result = run(IngestJob(source=SMALL, into="faces"), workspace)
+    result = run(faces(), workspace)
     assert result["report"]["seen"] == result["report"]["rows"] == 36
     assert sum(result["splits"].values()) == 36
     dataset = Dataset.open(workspace.dataset("faces"))
@@ -55,7 +81,7 @@ def test_synthetic_faces_become_a_version_with_people_kept_apart(workspace: Work
 
 
 def test_the_same_pictures_twice_add_no_row_and_no_version(workspace: Workspace) -> None:
-    job = IngestJob(source=SMALL, into="faces")
+    job = faces()
     first, second = run(job, workspace), run(job, workspace)
     assert second["report"]["rows"] == 0
     assert second["report"]["duplicates"] == 36
@@ -63,8 +89,8 @@ def test_the_same_pictures_twice_add_no_row_and_no_version(workspace: Workspace)
 
 
 def test_new_pictures_are_added_to_the_old(workspace: Workspace) -> None:
-    run(IngestJob(source=SMALL, into="faces"), workspace)
-    more = override(IngestJob(source=SMALL, into="faces"), {"source.identities": 14})
+    run(faces(), workspace)
+    more = override(faces(), {"source.identities": 14})
     result = run(more, workspace)
     assert result["report"]["rows"] == 6
     assert result["rows"] == 42
@@ -90,8 +116,10 @@ def test_every_file_is_accounted_for(workspace: Workspace, tmp_path: Path) -> No
 def test_too_many_bad_files_write_nothing_and_are_named(workspace: Workspace, tmp_path: Path) -> None:
     root = fill(tmp_path / "in", 5)
     (root / "real" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    with pytest.raises(DataError, match=r"1 of 11 files .*real/broken\.jpg: undecodable"):
+    with pytest.raises(DataError, match=r"1 of 11 files .*real/broken\.jpg: undecodable; all: ") as caught:
         run(pictures(root), workspace)
+    folder, _, name = str(caught.value).rpartition("; all: ")[2].rpartition("/")
+    assert json.loads(open_store(folder).read(name))["skipped"] == [["real/broken.jpg", "undecodable"]]
     with pytest.raises(NotFoundError):
         Dataset.open(workspace.dataset("pictures")).version()
 
@@ -149,8 +177,319 @@ def test_the_result_does_not_depend_on_threads(tmp_path: Path) -> None:
     digests = set()
     for threads in (1, 3):
         workspace = Workspace.at(tmp_path / str(threads))
-        digests.add(run(IngestJob(source=SMALL, into="faces", threads=threads), workspace)["digest"])
+        digests.add(run(faces(threads=threads), workspace)["digest"])
     assert len(digests) == 1
+
+
+def test_the_version_is_audited_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(faces(audit=True), workspace)
+    assert result["audit"]["leaks"] == []
+    dataset = Dataset.open(workspace.dataset("faces"))
+    assert dataset.store.exists(f"audits/{result['digest']}.json")
+    monkeypatch.setattr("counterfake.audit.audit", None)  # not called for a version that was audited
+    assert run(faces(audit=True), workspace)["audit"] == result["audit"]
+
+
+def test_pictures_carry_the_hash_by_which_near_copies_are_found(workspace: Workspace, tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", 8)
+    (root / "real" / "flat.jpg").write_bytes(media.encode(np.full((32, 32, 3), 7, np.uint8), "jpeg"))
+    run(pictures(root, splits=SplitRule(fractions={"train": 1.0})), workspace)
+    rows = list(Dataset.open(workspace.dataset("pictures")).samples(None, "train"))
+    hashes = {row.path: row.attributes.get("phash") for row in rows}
+    assert hashes.pop("real/flat.jpg") is None  # one colour says nothing
+    assert all(is_hash(value) for value in hashes.values())
+    assert hashes["real/0.jpg"] == perceptual_hash(media.decode((root / "real" / "0.jpg").read_bytes()))
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an ingest of SMALL gives that nobody disturbs."""
+    return run(faces(), Workspace.at(tmp_path_factory.mktemp("whole")))
+
+
+def killed_at(put: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends instead of its put number `put` (from 0) under staging/."""
+    done = 0
+
+    def counted(name: str) -> Any:
+        real = getattr(type(open_store("file:///x")), name)
+
+        def call(self: Any, key: str, *arguments: Any) -> Any:
+            nonlocal done
+            if key.startswith("staging/"):
+                if done == put:
+                    raise Killed
+                done += 1
+            return real(self, key, *arguments)
+
+        return call
+
+    for name in ("put_file", "put_if_absent"):
+        monkeypatch.setattr(type(open_store("file:///x")), name, counted(name))
+
+
+@pytest.mark.parametrize("put", range(8))
+def test_an_ingest_killed_at_any_put_goes_on_and_gives_the_same_version(
+    put: int, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, job = Workspace.at(tmp_path / "killed"), faces(part_inputs=9, threads=1)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_at(put, patched)
+        run(job, workspace)
+    with pytest.raises(NotFoundError):
+        Dataset.open(workspace.dataset("faces")).version()
+    again = run(job, workspace)
+    assert again["parts"] == {"all": 4, "reused": put // 2}  # two puts a part: rows, then the receipt
+    assert (again["digest"], again["report"]) == (whole["digest"], whole["report"])
+    assert not list(workspace.home.glob("datasets/faces/staging/*"))
+
+
+def test_a_real_kill_in_the_middle_loses_no_finished_part(whole: dict[str, Any], tmp_path: Path) -> None:
+    code = (
+        "import sys, os, signal\n"
+        "from counterfake.workspace import Workspace\n"
+        "from counterfake.parts import Staging\n"
+        "from tests.unit.test_ingest import faces, run\n"
+        "stage = Staging.stage\n"
+        "def killing(self, part, items):\n"
+        "    if part.number == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return stage(self, part, items)\n"
+        "Staging.stage = killing\n"
+        "run(faces(part_inputs=9, threads=1), Workspace.at(sys.argv[1]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    result = run(faces(part_inputs=9), Workspace.at(tmp_path))
+    assert result["parts"] == {"all": 4, "reused": 2}
+    assert result["digest"] == whole["digest"]
+
+
+def test_the_size_of_parts_does_not_change_the_version(whole: dict[str, Any], tmp_path: Path) -> None:
+    runs = [run(faces(part_inputs=n), Workspace.at(tmp_path / str(n))) for n in (1, 7)]
+    assert [found["parts"]["all"] for found in (*runs, whole)] == [36, 6, 1]
+    assert {found["digest"] for found in runs} == {whole["digest"]}
+
+
+def test_an_archive_is_read_once_and_only_what_is_missing_is_prepared(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "in.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(fill(tmp_path / "in", 10), ".")
+    job = override(pictures(archive, part_inputs=4), {"source.path": str(archive)})
+    assert not job.source.divisible
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_at(5, patched)
+        run(job, workspace)
+    again = run(job, workspace)
+    assert again["parts"] == {"all": 5, "reused": 2}
+    plain = run(pictures(tmp_path / "in"), Workspace.at(tmp_path / "plain"))
+    assert again["digest"] == plain["digest"]
+
+
+@pytest.mark.parametrize("size", [0, 4], ids=["one part", "an archive"])
+def test_workers_are_not_asked_for_what_they_cannot_share(
+    size: int, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("counterfake.cluster.bulk.each", asked)
+    with tarfile.open(tmp_path / "in.tar", "w") as file:
+        file.add(fill(tmp_path / "in", 8), ".")
+    result = run(pictures(tmp_path / "in.tar", part_inputs=size, workers=2), workspace)
+    assert (result["rows"], result["parts"]["all"]) == (16, 4 if size else 1)
+
+
+def test_a_picture_that_changed_since_is_read_again(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = fill(tmp_path / "in", 8)
+    job = pictures(root, part_inputs=4, threads=1)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_at(6, patched)
+        run(job, workspace)
+    (root / "real" / "0.jpg").write_bytes(media.encode(np.full((32, 32, 3), 7, np.uint8), "jpeg"))
+    assert run(job, workspace)["parts"] == {"all": 4, "reused": 0}
+
+
+def test_parts_are_staged_on_s3_and_removed_after_the_commit(
+    s3: Any, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    workspace = Workspace.at(tmp_path, storage=f"{s3.uri}/store")
+    result = run(faces(part_inputs=12), workspace)
+    assert result["digest"] == whole["digest"]
+    keys = [entry.key for entry in open_store(workspace.dataset("faces")).list()]
+    assert sorted({key.split("/")[0] for key in keys}) == ["ingests", "shards", "versions"]
+    assert not list(workspace.cache.rglob("*.arrow"))
+
+
+def staging(tmp_path: Path) -> Staging:
+    return Staging(open_store(tmp_path.as_uri()), "staging/x")
+
+
+def test_a_part_tells_what_became_of_each_input(tmp_path: Path) -> None:
+    def row(path: str, seed: int) -> Sample:
+        return Sample(image=jpeg(seed), path=path, source="s", video=path, frame=seed, time_s=seed / 3)
+
+    items: list[Sample | Skipped] = [
+        row("a.mp4", 1),
+        Skipped("a.mp4", "no_face", whole=False),
+        Skipped("a.mp4", "no_face", whole=False),
+        row("a.mp4", 2),
+        Skipped("b.mp4", "no_face"),
+        Skipped("c.mp4", "damaged_frame", whole=False),
+    ]
+    staged = staging(tmp_path)
+    receipt = staged.stage(Part(3, ("a.mp4", "b.mp4", "c.mp4", "d.mp4")), items)
+    assert (receipt.inputs, receipt.rows, receipt.unlabelled) == (4, 2, 2)
+    assert receipt.skipped == (("b.mp4", "no_face"), ("c.mp4", "damaged_frame"), ("d.mp4", parts.UNREAD))
+    assert receipt.partly == (("a.mp4", "no_face", 2), ("c.mp4", "damaged_frame", 1))
+    assert (staged.done(), staged.receipt(3)) == ({3}, receipt)
+    assert list(staged.samples(receipt, tmp_path)) == [items[0], items[3]]
+
+
+def test_a_staged_row_comes_back_as_it_was(tmp_path: Path) -> None:
+    rows = [
+        Sample(
+            image=jpeg(0), path="odd\udcff.jpg", fake=1, maker="m", class_id=3, identity="i", source="s",
+            face_box=(1.5, 2.0, 3.25, 4.0), face_method="cascade", face_margin=1.5, landmarks=[1.0, 2.5],
+            attributes={"z": [1, {"a": None}], "b": "ü"}, split="test",
+        ),
+        Sample(pixels=np.arange(24, dtype=np.uint8).reshape(4, 3, 2), path="p", source="s"),
+    ]  # fmt: skip
+    staged = staging(tmp_path)
+    found = list(staged.samples(staged.stage(Part(0, tuple(r.path for r in rows)), rows), tmp_path))
+    assert found[0] == dataclasses.replace(rows[0], path="odd?.jpg")
+    assert found[1].pixels is not None
+    assert (found[1].pixels == rows[1].pixels).all()
+    assert found[1].id == rows[1].id
+
+
+def test_an_ingest_overtaken_by_its_twin_says_so(tmp_path: Path) -> None:
+    staged = staging(tmp_path)
+    receipt = staged.stage(Part(0, ("a",)), [Sample(image=jpeg(0), path="a", source="s")])
+    staged.clear()
+    for read in (lambda: staged.receipt(0), lambda: list(staged.samples(receipt, tmp_path))):
+        with pytest.raises(NotFoundError, match="another process has just finished the same ingest"):
+            read()
+    assert not (tmp_path / "staging" / "x").exists()
+
+
+def test_a_damaged_staged_part_is_named(tmp_path: Path) -> None:
+    staged = staging(tmp_path)
+    receipt = staged.stage(Part(0, ("a",)), [Sample(image=jpeg(0), path="a", source="s")])
+    file = tmp_path / "staging" / "x" / receipt.file
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptError, match=receipt.file):
+        list(staged.samples(receipt, tmp_path))
+    (tmp_path / "staging/x/part-000000.json").write_text("{}")
+    with pytest.raises(CorruptError, match="delete it and run the ingest again"):
+        staged.receipt(0)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_was_skipped_is_named_in_the_report_beside_the_version(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    root = fill(tmp_path / "in", 15)
+    for number in range(30):
+        (root / "real" / f"{number:02d}.txt").write_text("no picture")
+    result = run(pictures(root, max_skipped_fraction=0.5, part_inputs=16), workspace)
+    assert result["report"]["inputs"] == {"seen": 60, "ok": 30, "skipped": 30}
+    version = Dataset.open(workspace.dataset("pictures")).version()
+    story = json.loads(open_store(workspace.dataset("pictures")).read(version.writer["inputs"]))
+    assert story["skipped"] == [[f"real/{number:02d}.txt", "unsupported"] for number in range(30)]
+    assert story["inputs"] == version.report["inputs"]
+
+
+def test_a_label_that_contradicts_another_source_is_counted_and_the_first_one_stays(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    run(pictures(fill(tmp_path / "in", 6)), workspace)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number in range(3):
+        (flat / f"{number}.jpg").write_bytes((tmp_path / "in" / "real" / f"{number}.jpg").read_bytes())
+    (flat / "new.jpg").write_bytes(jpeg(99))
+    other = FolderSource(path=str(flat), name="theirs", licence="MIT", consent="none", fake=1)
+    result = run(IngestJob(source=other, into="pictures", audit=False), workspace)
+    assert (result["report"]["conflicts"], result["report"]["rows"], result["rows"]) == (3, 1, 13)
+    dataset = Dataset.open(workspace.dataset("pictures"))
+    labels = Counter(s.fake for s in dataset.samples(None, "train"))
+    assert sum(s.fake or 0 for split in dataset.version().splits for s in dataset.samples(None, split)) == 7
+    assert labels[0] <= 6
+
+
+def test_raw_pictures_of_mixed_sizes_are_refused_in_one_line(workspace: Workspace, tmp_path: Path) -> None:
+    for name, side in (("train", 20), ("t10k", 24)):
+        images, labels = np.zeros((3, side, side), np.uint8), np.zeros(3, np.uint8)
+        images[:, 0, 0] = range(3)
+        for array, kind in ((images, "images-idx3"), (labels, "labels-idx1")):
+            header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            data = gzip.compress(header + array.tobytes())
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(data)
+    source = IdxSource(path=str(tmp_path), licence="MIT", consent="none")
+    with pytest.raises(DataError, match=r"test/00000 is pixels \(24, 24, 1\) .* one size of raw pixels"):
+        run(IngestJob(source=source, into="digits"), workspace)
+    with pytest.raises(NotFoundError):
+        Dataset.open(workspace.dataset("digits")).version()
+
+
+def test_foreign_tables_in_a_folder_are_counted_skips(workspace: Workspace, tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", 5)
+    run(pictures(root), workspace)
+    shard = next(workspace.home.glob("datasets/pictures/shards/*.arrow"))
+    (root / "real" / "shard.arrow").write_bytes(shard.read_bytes())
+    (root / "real" / "table.parquet").write_bytes(b"PAR1nothingPAR1")
+    report = run(pictures(root, max_skipped_fraction=0.5), workspace)["report"]
+    assert (report["skipped"], report["inputs"]["skipped"]) == ({"unsupported": 2}, 2)
+
+
+HOSTILE = """
+import json, resource, sys
+from tests.unit.test_ingest import pictures, run
+from counterfake.workspace import Workspace
+settings = json.loads(sys.argv[3])
+job = pictures(sys.argv[1], max_skipped_fraction=1.0, **settings)
+result = run(job, Workspace.at(sys.argv[2]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"report": result["report"], "peak_kb": peak}))
+"""
+
+
+@pytest.mark.parametrize("settings", [{}, {"faces": "cascade", "encode": "jpeg:90"}], ids=["plain", "faces"])
+def test_hostile_files_are_all_accounted_for_within_a_gigabyte(
+    settings: dict[str, Any], shared_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in" / "real"
+    with tarfile.open(shared_data / "hostile" / "hostile.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    there = sum(path.is_file() for path in folder.rglob("*"))
+    with open(shared_data / "hostile" / "files.csv", newline="") as file:
+        assert there >= sum(1 for _ in csv.DictReader(file))
+    ended = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(tmp_path / "in"), str(tmp_path / "runs"), json.dumps(settings)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert found["report"]["inputs"]["seen"] == there
+    assert found["report"]["inputs"]["ok"] + sum(found["report"]["skipped"].values()) == there
+    assert found["peak_kb"] < 1_000_000
+
+
+# -- presets --------------------------------------------------------------------------------------------------------
 
 
 def test_every_preset_runs_or_says_which_path_to_set(workspace: Workspace) -> None:

@@ -5,25 +5,32 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import struct
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from counterfake import config, media
+from counterfake import config, media, sources
 from counterfake.errors import ConfigError, DataError, NotFoundError
 from counterfake.records import Sample, Skipped
 from counterfake.sources import SourceConfig
-from counterfake.sources.ciplab import CiplabSource, near_copies, picture_hash
+from counterfake.sources.ciplab import CiplabSource
 from counterfake.sources.folder import FolderSource
 from counterfake.sources.idx import IdxSource
 from counterfake.sources.npz import NpzSource
+from counterfake.sources.parquet import ParquetSource
 from counterfake.sources.synthetic import SyntheticSource, portrait
 
 
@@ -66,12 +73,122 @@ def test_every_source_is_found_by_its_kind() -> None:
         assert isinstance(config.from_dict(SourceConfig, {"kind": kind}), cls)
 
 
-@pytest.mark.parametrize("cls", [FolderSource, IdxSource, NpzSource, CiplabSource])
+@pytest.mark.parametrize("cls", [FolderSource, IdxSource, NpzSource, CiplabSource, ParquetSource])
 def test_a_source_of_files_asks_for_its_path(cls: type[SourceConfig], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set source\.path"):
         list(cls().samples())
     with pytest.raises(NotFoundError, match="does not exist"):
         list(cls(path=str(tmp_path / "nowhere")).samples())
+
+
+def folder_source(root: Path) -> SourceConfig:
+    return FolderSource(path=str(write(root, "real/b.jpg", "fake/m/a.jpg", "notes/c.jpg", "fake/d.jpg")))
+
+
+def zip_source(root: Path) -> SourceConfig:
+    folder_source(root / "in")
+    with zipfile.ZipFile(root / "in.zip", "w") as file:
+        for path in sorted((root / "in").rglob("*.jpg")):
+            file.write(path, path.relative_to(root / "in").as_posix())
+    return FolderSource(path=str(root / "in.zip"))
+
+
+def tar_source(root: Path) -> SourceConfig:
+    folder_source(root / "in")
+    with tarfile.open(root / "in.tar.gz", "w:gz") as file:
+        file.add(root / "in", ".")
+    return FolderSource(path=str(root / "in.tar.gz"))
+
+
+def ciplab_source(root: Path) -> SourceConfig:
+    return CiplabSource(path=str(write(root, "f/easy_1_1010.jpg", "r/real_00001.jpg", "r/odd.jpg")))
+
+
+def idx_source(root: Path) -> SourceConfig:
+    write_mnist(root)
+    return IdxSource(path=str(root))
+
+
+def npz_source(root: Path) -> SourceConfig:
+    np.savez(root / "x.npz", images=np.random.default_rng(0).integers(0, 256, (7, 20, 18), dtype=np.uint8))
+    return NpzSource(path=str(root / "x.npz"), fake=0)
+
+
+def parquet_source(root: Path) -> SourceConfig:
+    write_parquet(root / "data" / "train-00000-of-00001.parquet", [0, 1, 0, 1, 1], row_group_size=2)
+    write_parquet(root / "data" / "test-00000-of-00001.parquet", [1, 0])
+    return ParquetSource(path=str(root), label_column="label", labels={"0": 0, "1": 1})
+
+
+def synthetic_source(_: Path) -> SourceConfig:
+    return SyntheticSource(identities=3, per_identity=2, size=16, first_identity=5)
+
+
+MADE = [
+    folder_source,
+    zip_source,
+    tar_source,
+    ciplab_source,
+    idx_source,
+    npz_source,
+    parquet_source,
+    synthetic_source,
+]
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
+def test_any_inputs_can_be_read_by_name_and_each_is_accounted_for(
+    make: Callable[[Path], SourceConfig], tmp_path: Path
+) -> None:
+    source = make(tmp_path)
+    names, items = list(source.names()), list(source.samples())
+    assert [item.path for item in items] == names == list(source.names())
+    assert len(set(names)) == len(names) > 2
+    settled = source.settled(names)
+    some = names[1::2]
+    chosen = [item for item in items if item.path in some]
+    for found, item in zip(settled.read(some), chosen, strict=True):
+        if isinstance(item, Sample) and item.pixels is not None:
+            assert (found.path, found.id) == (item.path, item.id)  # type: ignore[union-attr]
+        else:
+            assert found == item
+    assert not list(source.read([]))
+
+
+def test_the_stamp_changes_with_the_files_and_only_with_them(tmp_path: Path) -> None:
+    source = folder_source(tmp_path)
+    before = source.stamp()
+    assert source.stamp() == before
+    os.utime(tmp_path / "real" / "b.jpg", (1, 1))
+    changed = source.stamp()
+    (tmp_path / "real" / "new.jpg").write_bytes(b"")
+    assert len({before, changed, source.stamp()}) == 3
+    assert SyntheticSource().stamp() == SyntheticSource(seed=1).stamp()  # there are no files
+
+
+def test_a_file_that_disappears_between_listing_and_reading_is_named(tmp_path: Path) -> None:
+    source = folder_source(tmp_path)
+    names = list(source.names())
+    (tmp_path / "real" / "b.jpg").unlink()
+    found = {item.path: item for item in source.settled(names).read(names)}
+    assert found["real/b.jpg"] == Skipped("real/b.jpg", "cannot be read: No such file or directory")
+
+
+def test_members_of_one_name_in_an_archive_are_inputs_of_their_own(tmp_path: Path) -> None:
+    for kind in ("tar", "zip"):
+        archive = tmp_path / f"twice.{kind}"
+        with tarfile.open(archive, "w") if kind == "tar" else zipfile.ZipFile(archive, "w") as file:
+            for seed in (1, 2):
+                if isinstance(file, tarfile.TarFile):
+                    info = tarfile.TarInfo("real/a.jpg")
+                    info.size = len(jpeg(seed))
+                    file.addfile(info, io.BytesIO(jpeg(seed)))
+                else:
+                    with pytest.warns(UserWarning, match="Duplicate") if seed == 2 else nullcontext():
+                        file.writestr("real/a.jpg", jpeg(seed))
+        found = samples(FolderSource(path=str(archive)))
+        assert [s.path for s in found] == ["real/a.jpg", "real/a.jpg#2"]
+        assert [s.image for s in found] == [jpeg(1), jpeg(2)]
 
 
 # -- procedural faces -----------------------------------------------------------------------------------------------
@@ -371,16 +488,118 @@ def test_a_foreign_or_lying_npz_is_refused(tmp_path: Path) -> None:
             list(NpzSource(path=str(path)).samples())
 
 
+# -- parquet --------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(
+    path: Path,
+    labels: list[Any],
+    *,
+    images: list[Any] | None = None,
+    names: list[str] | None = None,
+    **options: Any,
+) -> Path:
+    """A file as `datasets` writes it: column image {bytes, path} and column label, a ClassLabel if it has names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = len(str(path))
+    images = images or [{"bytes": jpeg(seed + i), "path": f"{i}.jpg"} for i in range(len(labels))]
+    table = pa.table({"image": images, "label": labels, "who": [f"p{i % 2}" for i in range(len(labels))]})
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, **options)
+    return path
+
+
+def test_a_hugging_face_file_gives_labels_people_and_splits(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "test-00000-of-00002.parquet", [0, 1, 1], names=["FAKE", "REAL"])
+    source = ParquetSource(
+        path=str(tmp_path), label_column="label", maker="sd", identity_column="who", name="hf"
+    )
+    found = samples(source)
+    assert [(s.fake, s.maker, s.identity, s.split) for s in found] == [
+        (1, "sd", "hf-p0", "test"), (0, "camera", "hf-p1", "test"), (0, "camera", "hf-p0", "test"),
+    ]  # fmt: skip
+    assert found[0].path == "data/test-00000-of-00002.parquet#0"
+    assert media.decode(found[0].image or b"").shape == (32, 32, 3)
+
+
+def test_a_file_that_datasets_wrote_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["real", "fake"])}
+    )
+    rows = {"image": [{"bytes": jpeg(i), "path": None} for i in range(4)], "label": [0, 1, 1, 0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    found = samples(ParquetSource(path=str(tmp_path / "train.parquet"), label_column="label"))
+    assert [(s.fake, s.split, s.image) for s in found] == [
+        (label, "train", jpeg(i)) for i, label in enumerate([0, 1, 1, 0])
+    ]
+
+
+def test_plain_bytes_and_a_label_for_all_are_enough(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [5, 6], images=[jpeg(1), jpeg(2)])
+    found = samples(ParquetSource(path=str(path), fake=1, class_column="label"))
+    assert [(s.path, s.fake, s.maker, s.class_id, s.image) for s in found] == [
+        ("x.parquet#0", 1, "unknown", 5, jpeg(1)), ("x.parquet#1", 1, "unknown", 6, jpeg(2)),
+    ]  # fmt: skip
+
+
+def test_rows_without_bytes_or_a_known_label_are_skipped_by_name(tmp_path: Path) -> None:
+    images = [{"bytes": jpeg(0), "path": "a"}, {"bytes": None, "path": "/etc/passwd"}, None]
+    path = write_parquet(tmp_path / "x.parquet", ["fake", "real", "real"], images=images)
+    items = list(ParquetSource(path=str(path), label_column="label", labels={"real": 0}).samples())
+    assert items == [
+        Skipped("x.parquet#0", "label fake is neither real nor fake: name it in source.labels"),
+        Skipped("x.parquet#1", "holds no bytes"),
+        Skipped("x.parquet#2", "holds no bytes"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"image_column": "picture"},
+            r"no column 'picture'; it has image, label, who: set source\.image_column",
+        ),
+        ({"label_column": "y"}, r"set source\.label_column"),
+        ({"image_column": "label"}, "holds int64, expected bytes"),
+    ],
+    ids=["missing", "label", "type"],
+)
+def test_a_foreign_table_is_refused_in_one_line(
+    settings: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "x.parquet", [0, 1])
+    with pytest.raises(DataError, match=message):
+        list(ParquetSource(path=str(tmp_path), **settings).samples())  # type: ignore[arg-type]
+
+
+def test_what_is_no_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [0, 1])
+    whole = path.read_bytes()
+    for data in (b"", b"PAR1", whole[: len(whole) // 2], b"ARROW1" + whole[6:-4] + b"RROW"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"is no readable parquet file: .*; fetch it again") as caught:
+            list(ParquetSource(path=str(path)).samples())
+        assert "\n" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no \.parquet file"):
+        list(ParquetSource(path=str(tmp_path / "empty")).samples())
+    with pytest.raises(ConfigError, match=r"source\.labels"):
+        ParquetSource(labels={"a": 2})
+
+
+def test_a_file_of_huge_row_groups_is_read_from_front_to_back(tmp_path: Path) -> None:
+    rows = sources.parquet.GROUP_ROWS + 1
+    write_parquet(tmp_path / "x.parquet", [0] * rows, images=[b""] * rows)
+    assert not ParquetSource(path=str(tmp_path)).divisible
+    write_parquet(tmp_path / "x.parquet", [0] * rows, images=[b""] * rows, row_group_size=1000)
+    assert ParquetSource(path=str(tmp_path)).divisible
+
+
 # -- known layouts --------------------------------------------------------------------------------------------------
-
-
-def test_near_copies_share_a_group_and_others_do_not() -> None:
-    faces = [portrait(0, person, 0).pixels for person in range(6)]
-    resaved = media.decode(media.encode(faces[2], "jpeg", 50))
-    labels = near_copies([picture_hash(p) for p in [*faces, resaved]], bits=68)
-    assert labels[6] == labels[2]
-    assert len(set(labels.tolist())) == 6
-    assert len(near_copies([], 16)) == 0
 
 
 def test_ciplab_names_are_understood(tmp_path: Path) -> None:

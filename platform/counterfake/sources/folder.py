@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import lzma
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from counterfake.errors import ConfigError, DataError
 from counterfake.media import DEFAULT_LIMITS
-from counterfake.records import Sample
-from counterfake.sources import Skipped, SourceConfig
+from counterfake.sources import Sample, Skipped, SourceConfig, unique
 
 Layout = Literal["auto", "labels", "identities", "flat"]
 REAL = ("real", "original", "originals", "genuine", "authentic", "0_real", "training_real")
@@ -45,14 +45,25 @@ class FolderSource(SourceConfig):
     fake: int | None = None  # label of pictures whose folder does not say: 1 fake, 0 real, null unknown
     maker: str = ""  # what made the fakes when no folder says; "" = unknown
 
-    def samples(self) -> Iterator[Sample | Skipped]:
+    def names(self) -> Iterator[str]:
         """In order of their paths (archives: in the order they were packed)."""
-        path = self.located()
-        layout = self._layout([name for name, _ in _names(path)]) if self.layout == "auto" else self.layout
-        for name, content in read_all(path):
+        yield from archive_names(self.located())
+
+    def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
+        path, layout = self.located(), self.layout
+        if layout == "auto":
+            layout = self._layout(list(self.names()))
+        for name, content in read_files(path, names):
             yield Skipped(name, content) if isinstance(content, str) else self._sample(name, content, layout)
 
-    def _layout(self, names: list[str]) -> Layout:
+    @property
+    def divisible(self) -> bool:
+        return is_divisible(self.located())
+
+    def settled(self, names: Sequence[str]) -> Self:
+        return dataclasses.replace(self, layout=self._layout(names)) if self.layout == "auto" else self
+
+    def _layout(self, names: Sequence[str]) -> Layout:
         folders = [_without_split(name)[:-1] for name in names]
         if any(part.lower() in REAL + FAKE for parts in folders for part in parts[:1]):
             return "labels"
@@ -82,16 +93,33 @@ class FolderSource(SourceConfig):
         )
 
 
-def read_all(path: Path) -> Iterator[tuple[str, bytes | str]]:
-    """(name, bytes) of every file of a folder or archive; (name, reason) for one that is not read."""
+def archive_names(path: Path) -> Iterator[str]:
+    """The name of every file of a folder or archive; a file's second of the same name ends in #2. Reads no content."""
     if path.is_dir():
-        yield from _read_folder(path)
+        yield from (file.relative_to(path).as_posix() for file in _files(path))
     elif zipfile.is_zipfile(path):
-        yield from _read_zip(path)
+        with _open_zip(path) as archive:
+            yield from unique(info.filename for info in archive.infolist() if not info.is_dir())
     elif tarfile.is_tarfile(path):
-        yield from _read_tar(path)
+        with _open_tar(path) as archive:
+            yield from unique(_tar_name(info) for info in archive if not info.isdir())
     else:
         raise ConfigError(f"{path} is neither a folder nor a .tar, .tar.gz or .zip archive")
+
+
+def read_files(path: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes | str]]:
+    """(name, bytes) of these files of a folder or archive; (name, reason) for one that is not read."""
+    if path.is_dir():
+        yield from ((name, _read_file(path / name)) for name in names)
+    elif zipfile.is_zipfile(path):
+        yield from _read_zip(path, names)
+    else:
+        yield from _read_tar(path, set(names))
+
+
+def is_divisible(path: Path) -> bool:
+    """Whether a few files can be read without passing over the others: not in a .tar, which has no index."""
+    return path.is_dir() or zipfile.is_zipfile(path)
 
 
 # -- private --------------------------------------------------------------------------------------------------------
@@ -104,18 +132,6 @@ def _label(folder: str) -> int | None:
 def _without_split(name: str) -> list[str]:
     parts = name.split("/")
     return parts[1:] if len(parts) > 1 and parts[0].lower() in SPLITS else parts
-
-
-def _names(path: Path) -> Iterator[tuple[str, bool]]:
-    """(name, whether a plain file) without reading any content."""
-    if path.is_dir():
-        yield from ((str(file.relative_to(path).as_posix()), True) for file in _files(path))
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield from ((info.filename, True) for info in archive.infolist() if not info.is_dir())
-    elif tarfile.is_tarfile(path):
-        with _open_tar(path) as archive:
-            yield from ((_tar_name(info), info.isreg()) for info in archive if not info.isdir())
 
 
 def _files(folder: Path) -> list[Path]:
@@ -131,31 +147,35 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, bytes | str]]:
-    for file in _files(folder):
-        name = file.relative_to(folder).as_posix()
-        try:
-            status = file.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                yield name, "not a plain file"
-            elif status.st_size > LIMIT:
-                yield name, f"larger than {LIMIT:,} bytes"
-            else:
-                yield name, file.read_bytes()
-        except OSError as error:
-            yield name, f"cannot be read: {error.strerror}"
+def _read_file(file: Path) -> bytes | str:
+    """The file's bytes, or why it is not read. Never waits: a pipe or device is no plain file."""
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return "not a plain file"
+        return file.read_bytes() if status.st_size <= LIMIT else _too_large()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
-def _read_tar(path: Path) -> Iterator[tuple[str, bytes | str]]:
+def _too_large() -> str:
+    return f"larger than {LIMIT:,} bytes"
+
+
+def _read_tar(path: Path, wanted: Set[str]) -> Iterator[tuple[str, bytes | str]]:
     with _open_tar(path) as archive:
-        for info in archive:
-            if info.isdir():
-                continue
-            content = archive.extractfile(info) if info.isreg() and info.size <= LIMIT else None
-            if content is not None:
-                yield _tar_name(info), content.read()
-            else:
-                yield _tar_name(info), f"larger than {LIMIT:,} bytes" if info.isreg() else "not a plain file"
+        members = (info for info in archive if not info.isdir())
+        named, counted = itertools.tee(members)
+        for info, name in zip(named, unique(_tar_name(info) for info in counted), strict=True):
+            if name in wanted:
+                yield name, _read_member(archive, info)
+
+
+def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | str:
+    if info.size > LIMIT:
+        return _too_large()
+    content = archive.extractfile(info) if info.isreg() else None
+    return content.read() if content is not None else "not a plain file"
 
 
 @contextlib.contextmanager
@@ -171,16 +191,27 @@ def _tar_name(info: tarfile.TarInfo) -> str:
     return info.name.removeprefix("./")
 
 
-def _read_zip(path: Path) -> Iterator[tuple[str, bytes | str]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.is_dir():
-                continue
-            if info.file_size > LIMIT:
-                yield info.filename, f"larger than {LIMIT:,} bytes"
-                continue
-            try:
-                with archive.open(info) as file:
-                    yield info.filename, file.read(LIMIT + 1)
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, OSError) as error:
-                yield info.filename, f"cannot be unpacked: {type(error).__name__}"
+def _read_zip(path: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes | str]]:
+    with _open_zip(path) as archive:
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        found = dict(zip(unique(info.filename for info in files), files, strict=True))
+        yield from ((name, _unzipped(archive, found[name])) for name in names)
+
+
+def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | str:
+    if info.file_size > LIMIT:
+        return _too_large()
+    try:
+        with archive.open(info) as file:
+            return file.read(LIMIT + 1)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, OSError) as error:
+        return f"cannot be unpacked: {type(error).__name__}"
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except zipfile.BadZipFile as error:
+        raise DataError(f"archive {path} is damaged: {error}; fetch it again") from error

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
+import itertools
 import lzma
+import math
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from counterfake.errors import DataError, NotFoundError
-from counterfake.records import Sample
-from counterfake.sources import Skipped, SourceConfig
+from counterfake.sources import Sample, Skipped, SourceConfig
 
 PARTS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -32,45 +35,44 @@ class IdxSource(SourceConfig):
     test: bool = True  # read the t10k-* files
     limit: int = 0  # at most this many of each part, from the front; 0 = all
 
-    def samples(self) -> Iterator[Sample | Skipped]:
+    part_inputs: ClassVar[int] = 16_384  # small ones; each part unpacks the file anew
+
+    def names(self) -> Iterator[str]:
+        """train/00000, …, test/00000, …"""
         folder = self.located()
         for split, wanted in (("train", self.train), ("test", self.test)):
             if wanted:
-                yield from self._part(folder, split)
+                count = min(_shape(_find(folder, name))[0] for name in PARTS[split])
+                yield from (f"{split}/{i:05d}" for i in range(min(count, self.limit or count)))
 
-    def _part(self, folder: Path, split: str) -> Iterator[Sample]:
-        images, labels = (read_idx(_find(folder, name)) for name in PARTS[split])
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-            raise DataError(
-                f"{folder}: {split} has images {images.shape} and labels {labels.shape}; the counts must agree"
-            )
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if self.limit and number >= self.limit:
-                return
-            yield Sample(
-                pixels=image[:, :, None],
-                path=f"{split}/{number:05d}",
-                fake=0,
-                maker="camera",
-                class_id=int(label),
-                source=self.label,
-                split=split,
-            )
+    def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
+        folder = self.located()
+        for split, chosen in itertools.groupby(names, lambda name: name.partition("/")[0]):
+            images, labels = (read_idx(_find(folder, name)) for name in PARTS[split])
+            if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+                raise DataError(
+                    f"{folder}: {split} has images {images.shape} and labels {labels.shape}; the counts must agree"
+                )
+            yield from (self._sample(name, split, images, labels) for name in chosen)
+
+    def _sample(self, name: str, split: str, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Sample:
+        number = int(name.partition("/")[2])
+        return Sample(
+            pixels=images[number, :, :, None],
+            path=name,
+            fake=0,
+            maker="camera",
+            class_id=int(labels[number]),
+            source=self.label,
+            split=split,
+        )
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array in an idx file of unsigned bytes. Raises DataError if it is cut short or something else."""
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            magic = file.read(4)
-            if magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
-                raise DataError(f"{path} is no idx file of bytes (it starts with {magic.hex()})")
-            shape = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
-            size = int(np.prod(shape, dtype=np.int64))
-            data = file.read(size + 1)
-    except (OSError, EOFError, lzma.LZMAError, struct.error) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}; fetch it again") from error
+    with _open(path) as (file, shape):
+        size = math.prod(shape)
+        data = file.read(size + 1)
     if len(data) != size:
         raise DataError(
             f"{path} should hold {size:,} bytes of {shape}, found {'more' if len(data) > size else f'{len(data):,}'}"
@@ -79,6 +81,25 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    with _open(path) as (_, shape):
+        return shape
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The unpacked file behind its header, and the shape that the header claims."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            magic = file.read(4)
+            if magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
+                raise DataError(f"{path} is no idx file of bytes (it starts with {magic.hex()})")
+            yield file, struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, struct.error, MemoryError, OverflowError) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}; fetch it again") from error
 
 
 def _find(folder: Path, name: str) -> Path:

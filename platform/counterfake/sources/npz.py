@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from counterfake import media
 from counterfake.errors import DataError
-from counterfake.records import Sample
-from counterfake.sources import Skipped, SourceConfig
+from counterfake.sources import Sample, Skipped, SourceConfig, unique
 from counterfake.sources.folder import SPLITS
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -28,21 +28,34 @@ class NpzSource(SourceConfig):
     classes: str = "cifar_class"  # array of class numbers, used where present
     limit: int = 0  # at most this many, evenly spread; 0 = all
 
-    def samples(self) -> Iterator[Sample | Skipped]:
+    part_inputs: ClassVar[int] = 2048  # each part opens the archive anew
+
+    def names(self) -> Iterator[str]:
+        """The archive's own names, or numbers, of the chosen pictures in order."""
+        yield from self._chosen(self._arrays())
+
+    def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
+        arrays = self._arrays()
+        chosen = self._chosen(arrays)
+        yield from (self._sample(arrays, name, chosen[name]) for name in names)
+
+    def _arrays(self) -> Arrays:
         path = self.located()
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                return {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path} is no readable .npz archive without pickles: {error}") from error
+
+    def _chosen(self, arrays: Arrays) -> dict[str, int]:
+        """name -> number in the archive, evenly spread where there is a limit."""
         count = self._count(arrays)
-        chosen = (
-            range(count)
-            if not self.limit
-            else np.unique(np.linspace(0, count - 1, min(self.limit, count)).astype(int))
-        )
-        for number in chosen:
-            yield self._sample(arrays, int(number))
+        given = (name.decode() for name in arrays["name"]) if "name" in arrays else None
+        names = list(unique(given or (f"{number:06d}" for number in range(count))))
+        if len(names) != count:
+            raise DataError(f"{self.path} holds {count:,} pictures but {len(names):,} names; make it again")
+        spread = np.linspace(0, count - 1, min(self.limit or count, count)).astype(int)
+        return {names[number]: int(number) for number in np.unique(spread)}
 
     def _count(self, arrays: Arrays) -> int:
         if "jpeg_bytes" in arrays and "offsets" in arrays:
@@ -63,9 +76,8 @@ class NpzSource(SourceConfig):
             f"{self.path} holds {', '.join(sorted(arrays))}; expected jpeg_bytes and offsets, or uint8 images"
         )
 
-    def _sample(self, arrays: Arrays, number: int) -> Sample:
+    def _sample(self, arrays: Arrays, name: str, number: int) -> Sample:
         fake = int(arrays["is_fake"][number]) if "is_fake" in arrays else self.fake
-        name = arrays["name"][number].decode() if "name" in arrays else f"{number:06d}"
         person = arrays["person"][number] if "person" in arrays else None
         split = SPLITS.get(name.split("/")[0].lower()) if "/" in name else None
         return Sample(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from counterfake import media
 from counterfake.errors import ConfigError
-from counterfake.records import Sample
-from counterfake.sources import Consent, Skipped, SourceConfig
+from counterfake.sources import Consent, Sample, Skipped, SourceConfig
 from counterfake.sources.portrait import people
 from counterfake.sources.portrait.painter import Portrait, render
 from counterfake.sources.portrait.people import Identity, Shot
@@ -44,11 +44,17 @@ class SyntheticSource(SourceConfig):
                 f"quality {self.quality} must lie in 1-100 and png_share {self.png_share} in 0-1"
             )
 
-    def samples(self) -> Iterator[Sample | Skipped]:
+    def names(self) -> Iterator[str]:
         """Round by round over the people, so that any prefix holds many of them."""
         for picture in range(self.per_identity):
             for person in range(self.first_identity, self.first_identity + self.identities):
-                yield self.sample(person, picture)
+                yield self._name(person, picture)
+
+    def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
+        """Names are SEED/PERSON/PICTURE.FORMAT; the numbers say all."""
+        for name in names:
+            _, person, picture = name.partition(".")[0].split("/")
+            yield self.sample(int(person), int(picture))
 
     def sample(self, person: int, picture: int) -> Sample:
         """Picture number `picture` of person number `person`, with its exact ground truth."""
@@ -57,7 +63,7 @@ class SyntheticSource(SourceConfig):
         data, attributes = self._encoded(made, person, picture)
         return Sample(
             image=data,
-            path=f"{self.seed}/{person:06d}/{picture:04d}.{attributes['format']}",
+            path=self._name(person, picture),
             fake=0,
             maker="camera",
             identity=self.person(person),
@@ -73,15 +79,20 @@ class SyntheticSource(SourceConfig):
         """The name of person `number` in `Sample.identity`."""
         return f"synthetic-{self.seed}-{number:06d}"
 
+    def _name(self, person: int, picture: int) -> str:
+        return f"{self.seed}/{person:06d}/{picture:04d}.{self._format(person, picture)[0]}"
+
     def _encoded(self, made: Portrait, person: int, picture: int) -> tuple[bytes, dict[str, str | int]]:
-        rng = np.random.default_rng([self.seed, person, picture, 8])
-        as_png, quality = (
-            rng.random() < self.png_share,
-            int(rng.integers(self.quality[0], self.quality[1] + 1)),
-        )
-        if as_png:
+        format, quality = self._format(person, picture)
+        if format == "png":
             return media.encode(made.pixels, "png"), {"format": "png"}
         return media.encode(made.pixels, "jpeg", quality), {"format": "jpeg", "quality": quality}
+
+    def _format(self, person: int, picture: int) -> tuple[Literal["png", "jpeg"], int]:
+        rng = np.random.default_rng([self.seed, person, picture, 8])
+        as_png = rng.random() < self.png_share
+        quality = int(rng.integers(self.quality[0], self.quality[1] + 1))
+        return ("png" if as_png else "jpeg"), quality
 
 
 def portrait(
