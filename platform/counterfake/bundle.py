@@ -18,7 +18,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from counterfake.errors import CheckpointError
 from counterfake.evaluation.card import model_card
 from counterfake.nets import NetConfig
 
-Kind = Literal["detector", "benford", "generator", "faceswap", "ensemble"]
-KINDS: tuple[str, ...] = ("detector", "benford", "generator", "faceswap", "ensemble")
+Kind = Literal["detector", "benford", "generator", "faceswap", "autoencoder", "classifier", "next_frame", "ensemble"]
+KINDS: tuple[str, ...] = get_args(Kind)
 FORMAT = 1
 FILE_KINDS = (".json", ".safetensors", ".md", ".png")
 MANIFEST, WEIGHTS, EVALUATION, CARD = "bundle.json", "weights.safetensors", "evaluation.json", "MODEL_CARD.md"

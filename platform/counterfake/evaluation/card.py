@@ -26,10 +26,16 @@ USES = {
     "ensemble": "Answers real, fake or uncertain with a stated error rate for each of the two accusations.",
     "generator": "Makes synthetic pictures to train and test detectors. Everything it makes is marked as synthetic.",
     "faceswap": "Makes face swaps to train and test detectors. Everything it makes is marked as synthetic.",
+    "autoencoder": "Codes small pictures in a few numbers: to denoise, compress or compare pictures like its training data.",
+    "classifier": "Names the class of a small picture. Its features judge generators of such pictures.",
+    "next_frame": "Paints the next frame of moving digits: shows what squared error does to pictures, and an adversary.",
 }
 LIMITS = {
     "generator": "Not for making pictures of people without their consent, and not for unmarked publication.",
     "faceswap": "Not for swapping faces of people who have not agreed, and not for unmarked publication.",
+    "autoencoder": "Not for pictures unlike its training data, which it reconstructs badly.",
+    "classifier": "Not for pictures unlike its training data, and not as a detector of fakes.",
+    "next_frame": "Not for films other than those of its training data.",
 }
 DETECTOR_LIMITS = (
     "Not the only ground for a decision about a person. The figures hold for pictures like those of the test split; "
