@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from counterfake import dist, images
+from counterfake import bundle, dist, images, predictor
 from counterfake.config import override
 from counterfake.data import Batch
 from counterfake.errors import ConfigError, DataError
 from counterfake.learners import LearnerContext
-from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jpeg
-from counterfake.learners.detector import DetectorConfig, DetectorLearner, _loss, schedule
+from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jittered, jpeg
+from counterfake.learners.detector import DetectorConfig, DetectorLearner, _climbed, _loss, schedule
+from counterfake.nets import NetConfig
+from counterfake.nets.convnext import ConvNextConfig
+from counterfake.nets.efficientnet import EfficientNetConfig
+from counterfake.nets.frequency import FrequencyConfig
+from counterfake.nets.meso import MesoConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.nets.probe import ProbeConfig
+from counterfake.nets.resnet import ResNetConfig
+from counterfake.nets.xception import XceptionConfig
 from counterfake.records import write_version
 from counterfake.sources.synthetic import SyntheticSource
 from counterfake.workspace import Workspace
@@ -80,7 +89,21 @@ def test_a_flip_alone_is_the_mirror_image(photo: np.ndarray) -> None:
     torch.testing.assert_close(augment(_tensor(photo), only_flip), _tensor(photo).flip(3))
 
 
+def test_jitter_moves_whole_pixels_and_reflects_the_border(photo: np.ndarray) -> None:
+    torch.manual_seed(0)
+    batch = _tensor(photo).repeat(6, 1, 1, 1)
+    moved = jittered(batch, 3)
+    padded = torch.nn.functional.pad(batch, (3, 3, 3, 3), mode="reflect")
+    height, width = batch.shape[2:]
+    windows = [padded[0, :, y : y + height, x : x + width] for y in range(7) for x in range(7)]
+    assert all(any(torch.equal(row, window) for window in windows) for row in moved)
+    assert len({float(row[0, 0, 0]) for row in moved}) > 1
+
+
 # -- learning -------------------------------------------------------------------------------------------------------
+
+
+CONTEXT = LearnerContext(batch_size=16, images_per_epoch=4000, total_images=960, size=32)
 
 
 def make_learner(**changes: object) -> DetectorLearner:
@@ -88,8 +111,7 @@ def make_learner(**changes: object) -> DetectorLearner:
         net=replace(MobileNetV2Config.tiny(), stem_stride=1), lr=5e-3, augmentation=AugmentationConfig.off()
     )
     torch.manual_seed(0)
-    context = LearnerContext(batch_size=16, images_per_epoch=4000, total_images=960, size=32)
-    return override(config, changes).build(device=CPU, context=context)
+    return override(config, changes).build(device=CPU, context=CONTEXT)
 
 
 def make_batch(step: int = 0, fakes: int = 8) -> Batch:
@@ -161,6 +183,93 @@ def test_features_learn_at_their_own_rate_and_norms_do_not_decay() -> None:
     assert rates[("head", False)] == pytest.approx(5e-3)
     grouped = sum(len(g["params"]) for g in learner.optimizer.param_groups)
     assert grouped == len(list(learner.net.parameters()))
+
+
+TINY: list[NetConfig] = [
+    ResNetConfig.tiny(),
+    EfficientNetConfig.tiny(),
+    ConvNextConfig.tiny(),
+    replace(XceptionConfig.tiny(), middle=0),
+    MesoConfig.tiny(),
+    FrequencyConfig.tiny(),
+    ProbeConfig.tiny(),
+]
+
+
+@pytest.mark.parametrize("net", TINY, ids=lambda net: type(net).__name__)
+def test_every_architecture_trains_resumes_and_exports(net: NetConfig) -> None:
+    config = DetectorConfig(net=net, lr=5e-3, ema_halflife_images=32, augmentation=AugmentationConfig.off())
+    torch.manual_seed(0)
+    learner, again = (config.build(device=CPU, context=CONTEXT) for _ in range(2))
+    losses = [m["loss"] for m in run(learner, 0, 6)]
+    assert all(math.isfinite(loss) for loss in losses)
+    again.load_state_dict(learner.state_dict())
+    assert learner.validate([make_batch(99)]) == again.validate([make_batch(99)])
+    stored, weights = again.export()["detector"]
+    stored.build().load_state_dict(weights)
+
+
+@pytest.mark.parametrize("net", TINY, ids=lambda net: type(net).__name__)
+def test_every_architecture_becomes_a_bundle_that_answers_and_explains(
+    net: NetConfig, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    nets = {"detector": (net, net.build().state_dict())}
+    written = bundle.write_nets(
+        tmp_path / "b",
+        kind="detector",
+        name="tiny",
+        nets=nets,
+        preprocess=images.Preprocess(size=32),
+        provenance={},
+    )
+    detector = predictor.NetPredictor(written)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    pictures = [predictor.Decoded(pixels=picture) for picture in pixels]
+    together, alone = detector.predict(pictures), [detector.predict([p])[0] for p in pictures]
+    assert together == pytest.approx(alone, abs=1e-6)
+    heat = detector.heatmap(pictures[0])
+    assert heat.ndim == 2
+    assert np.isfinite(heat).all()
+
+
+def test_a_probe_trains_its_last_layer_only() -> None:
+    learner = DetectorConfig(net=ProbeConfig.tiny()).build(device=CPU, context=CONTEXT)
+    grouped = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in learner.net.head.parameters()}
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd", "lr": 0.05}, {"sam_rho": 0.05}], ids=["sgd", "sam"])
+def test_other_optimizers_learn_and_resume_bit_for_bit(changes: dict[str, object]) -> None:
+    whole = make_learner(**changes)
+    metrics = run(whole, 0, 20)
+    assert np.mean([m["loss"] for m in metrics[-5:]]) < 0.8 * metrics[0]["loss"]
+    whole, first, second = (make_learner(**changes) for _ in range(3))
+    run(whole, 0, 4)
+    run(first, 0, 2)
+    second.load_state_dict(first.state_dict())
+    run(second, 2, 4)
+    pairs = zip(whole.net.parameters(), second.net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_sharpness_aware_steps_climb_by_rho_and_come_back() -> None:
+    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))]
+    before = [w.detach().clone() for w in weights]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    with _climbed(weights, 0.5):
+        torch.testing.assert_close(weights[0].detach(), before[0] + torch.tensor([0.3, 0.0]))
+        torch.testing.assert_close(weights[1].detach(), before[1] + 0.4)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+def test_blended_rows_count_as_fakes_and_can_replace_them() -> None:
+    learner = make_learner(**{"blending.share": 0.5})
+    for step in range(3):  # real pictures only: the other class is made from them
+        dist.seed_step(0, step)
+        metrics = learner.step(make_batch(step, fakes=0))
+    assert math.isfinite(float(metrics["loss"]))
+    assert min(learner._seen.tolist()) > 0
 
 
 def test_the_schedule_counts_images_up_then_down() -> None:

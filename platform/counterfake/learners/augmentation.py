@@ -35,6 +35,9 @@ class AugmentationConfig:
     geometry: float = (
         1.0  # share of pictures that are zoomed and shifted (and so interpolated); the rest only flip
     )
+    jitter: int = (
+        0  # translation by up to so many whole pixels, each axis, border reflected; nothing is interpolated
+    )
     brightness: float = 0.1  # added, of the full range [-1, 1] halved
     contrast: float = 0.2  # factor in [1 - c, 1 + c] about the picture's mean
     colour: float = 0.05  # factor per channel in [1 - c, 1 + c]
@@ -47,6 +50,8 @@ class AugmentationConfig:
         shares = (self.flip, self.geometry, self.probability)
         if not all(0 <= share <= 1 for share in shares):
             raise ConfigError(f"flip, geometry and probability must lie in [0, 1], got {shares}")
+        if self.jitter < 0:
+            raise ConfigError(f"jitter must be at least 0 pixels, got {self.jitter}")
 
     @classmethod
     def off(cls) -> AugmentationConfig:
@@ -55,7 +60,7 @@ class AugmentationConfig:
 
 def augment(images: Tensor, config: AugmentationConfig) -> Tensor:
     """images (N, C, H, W) in [-1, 1] -> the same shape and range, each picture changed on its own."""
-    images = _move(images, config)
+    images = jittered(_move(images, config), config.jitter)
     images = _relight(images, config)
     images = _degrade(images, config)
     return images.clamp(-1, 1)
@@ -99,6 +104,16 @@ def _degrade(images: Tensor, config: AugmentationConfig) -> Tensor:
     if config.jpeg:
         images = _some(images, jpeg(images, _between(config.jpeg, n, device)), config.probability)
     return images
+
+
+def jittered(images: Tensor, most: int) -> Tensor:
+    """Each picture (N, C, H, W) moved by up to `most` whole pixels along both axes; the border is reflected."""
+    if most == 0:
+        return images
+    n, _, height, width = images.shape
+    rows, columns = (_reflected(n, side, most, images.device) for side in (height, width))
+    which = torch.arange(n, device=images.device)[:, None, None]
+    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (N, C, H, W)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -155,6 +170,12 @@ def _mix(planes: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
 def _some(images: Tensor, changed: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(len(images), device=images.device) < probability
     return torch.where(chosen[:, None, None, None], changed, images)
+
+
+def _reflected(n: int, side: int, most: int, device: torch.device) -> Tensor:
+    """(n, side): the pixel that each place takes after a random move of each of n pictures."""
+    moved = torch.arange(side, device=device) + torch.randint(-most, most + 1, (n, 1), device=device)
+    return (side - 1) - ((side - 1) - moved.abs()).abs()
 
 
 def _uniform(n: int, device: torch.device) -> Tensor:

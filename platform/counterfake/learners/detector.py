@@ -1,17 +1,19 @@
 """Real or fake from one picture: binary cross-entropy on a fakeness logit, for any net (N, 3, H, W) -> (N,).
 
-What makes small detectors hold up outside their training set is here as settings: augmentation on the device, a new head
-before the whole net (`freeze_images`), a low rate for pre-trained features, averaged weights, and keeping the weights of
-the best validation AUC instead of the last ones. Schedules count images, so they do not change with the batch size.
+What makes small detectors hold up outside their training set is here as settings: augmentation on the device, pseudo-fakes
+blended from real pictures, a new head before the whole net (`freeze_images`), a low rate for pre-trained features, averaged
+weights, a flat minimum (`sam_rho`), and keeping the weights of the best validation AUC instead of the last ones: early stopping
+as far as the result goes. Schedules count images, so they do not change with the batch size.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import cv2
 import numpy as np
@@ -25,6 +27,7 @@ from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection
 from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
 from counterfake.learners.augmentation import AugmentationConfig, augment
+from counterfake.learners.blending import BlendingConfig, blend_real_rows
 from counterfake.nets import NetConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 
@@ -43,9 +46,10 @@ class DetectorNet(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig(LearnerConfig):
-    """AdamW with warm-up and cosine decay, all counted in images over all ranks."""
+    """AdamW or SGD with warm-up and cosine decay, all counted in images over all ranks."""
 
     net: NetConfig = field(default_factory=MobileNetV2Config)
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: Nesterov momentum 0.9
     lr: float = 1e-3  # of the head, after warm-up
     features_lr_factor: float = 1.0  # learning rate of the features / lr; below 1 for pre-trained ones
     weight_decay: float = 0.01  # decoupled; not on biases and batch norm
@@ -55,13 +59,18 @@ class DetectorConfig(LearnerConfig):
     label_smoothing: float = 0.0  # targets s/2 and 1 - s/2
     balance: bool = True  # both classes weigh the same, whatever their share
     clip_norm: float = 5.0  # largest gradient norm; 0 = no clipping
+    sam_rho: float = (
+        0.0  # radius of sharpness-aware minimisation, twice the work (2010.01412 uses 0.05); 0 = off
+    )
     ema_halflife_images: float = 0.0  # of the averaged weights used for validation and export; 0 = no average
+    blending: BlendingConfig = field(default_factory=BlendingConfig)  # real rows into pseudo-fakes
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1 or self.lr <= 0:
+        if not 0 <= self.label_smoothing < 1 or self.lr <= 0 or self.sam_rho < 0:
             raise ConfigError(
-                f"label_smoothing must be in [0, 1) and lr > 0, got {self.label_smoothing}, {self.lr}"
+                f"label_smoothing must be in [0, 1), lr > 0 and sam_rho >= 0, got {self.label_smoothing}, {self.lr}, "
+                f"{self.sam_rho}"
             )
 
     def build(self, *, device: torch.device, context: LearnerContext) -> DetectorLearner:
@@ -82,7 +91,7 @@ class DetectorLearner:
         features, head = _parts(self.net)
         self._features, self._head = dist.data_parallel(features), dist.data_parallel(head)
         self.average = copy.deepcopy(self.net).requires_grad_(False) if config.ema_halflife_images else None
-        self.optimizer = torch.optim.AdamW(_groups(features, head, config), lr=config.lr, fused=True)
+        self.optimizer = _optimizer(_groups(features, head, config), config)
         self.steps = self.images = 0
         self.best: dict[str, Tensor] = {}  # weights of the best validation so far
         self.best_auc = -1.0
@@ -92,13 +101,16 @@ class DetectorLearner:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Raises DataError once CLASS_CHECK_IMAGES pictures held one class only."""
-        fake = batch.fake.float()
         frozen = self.images < self.config.freeze_images
         self._set_lr(frozen)
-        logits = self._logits(augment(images.to_float(batch.images), self.config.augmentation), frozen)
-        loss = _loss(logits, fake, self.config.label_smoothing, self.config.balance)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        pixels, fake = blend_real_rows(
+            images.to_float(batch.images), batch.fake.float(), self.config.blending
+        )
+        pixels = augment(pixels, self.config.augmentation)
+        loss, logits = self._gradients(pixels, fake, frozen)
+        if self.config.sam_rho:
+            with _climbed(self.net.parameters(), self.config.sam_rho):
+                self._gradients(pixels, fake, frozen)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip_norm or math.inf)
         self.optimizer.step()
         self.steps += 1
@@ -142,10 +154,8 @@ class DetectorLearner:
 
     def export(self) -> dict[str, tuple[NetConfig, dict[str, Tensor]]]:
         """{"detector": ...} with the best validated weights, else the averaged or last ones."""
-        config = self.config.net
-        if isinstance(config, MobileNetV2Config):
-            config = config.without_weights()
-        return {"detector": (config, self.best or self._inference_net().state_dict())}
+        weights = self.best or self._inference_net().state_dict()
+        return {"detector": (self.config.net.without_weights(), weights)}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -168,6 +178,14 @@ class DetectorLearner:
         self._seen_since = self.images  # the classes are counted anew
 
     # -- private ----------------------------------------------------------------------------------------------------
+
+    def _gradients(self, pixels: Tensor, fake: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+        """Loss and logits (N,); the gradients are those of this pass alone."""
+        logits = self._logits(pixels, frozen)
+        loss = _loss(logits, fake, self.config.label_smoothing, self.config.balance)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss, logits
 
     def _logits(self, pixels: Tensor, frozen: bool) -> Tensor:
         """The net in training mode; while frozen, its features run as in inference, without data-parallel hooks."""
@@ -273,12 +291,41 @@ def _groups(features: nn.Module, head: nn.Module, config: DetectorConfig) -> lis
     groups: list[dict[str, Any]] = []
     for part, module, factor in (("features", features, config.features_lr_factor), ("head", head, 1.0)):
         for decay in (True, False):
-            chosen = [p for p in module.parameters() if (p.ndim > 1) == decay]
+            chosen = [p for p in module.parameters() if p.requires_grad and _decays(p) == decay]
             rate = config.lr * factor
             groups.append(
                 {"params": chosen, "part": part, "peak_lr": rate, "weight_decay": config.weight_decay * decay}
             )
     return groups
+
+
+def _decays(parameter: Tensor) -> bool:
+    """Matrices and kernels; not biases, norms and scales, which have one value per channel."""
+    return parameter.ndim > 1 and parameter.shape[1:] != (1, 1)
+
+
+def _optimizer(groups: list[dict[str, Any]], config: DetectorConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+@contextmanager
+def _climbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
+    """The weights moved by `rho` along their gradient, where the loss is highest nearby; afterwards as they were, bit for bit.
+
+    Foret et al. 2020, https://arxiv.org/abs/2010.01412, equation 2. The gradients are equal on all ranks, so the step is."""
+    moved = [p for p in parameters if p.grad is not None]
+    kept = [p.detach().clone() for p in moved]
+    norm = torch.stack([p.grad.norm() for p in moved if p.grad is not None]).norm().clamp_min(1e-12)
+    with torch.no_grad():
+        for parameter in moved:
+            assert parameter.grad is not None
+            parameter.add_(parameter.grad * (rho / norm))
+    yield
+    with torch.no_grad():
+        for parameter, before in zip(moved, kept, strict=True):
+            parameter.copy_(before)
 
 
 def _tile(pixels: NDArray[np.uint8], fake: int, probability: float) -> NDArray[np.uint8]:
