@@ -3,6 +3,9 @@
 At 28 px and one channel these are the networks of the article's Keras code, parameter for parameter. Larger sizes
 continue the pattern from 4x4, as Radford et al. 2015 (https://arxiv.org/abs/1511.06434) do, but the discriminator has
 dropout and no batch norm at any size: that keeps its answer for a picture independent of the rest of the batch.
+With `classes` both players are told what to draw: the generator reads a code of the condition beside the noise, and the
+discriminator a map of it beside the picture (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784), or it adds a
+projection to its logit (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637, eq. 4).
 Letters: N batch, C channels, H W pixels, Z noise.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from counterfake.errors import ConfigError
 from counterfake.nets import NetConfig
+from counterfake.nets.conditioning import Condition
 
 SIZES = (28, 32, 64, 128)
 
@@ -34,6 +38,9 @@ class DcganGenerator(NetConfig):
     slope: float = 0.3  # of LeakyReLU; Keras' default, torch's is 0.01
     bn_eps: float = 1e-3  # Keras' default
     bn_momentum: float = 0.01  # torch's convention; Keras writes 0.99
+    classes: int = 0  # the generator is told one of so many; 0 = none
+    embedding: int = 0  # length of the vector that stands for a class; 0 = the class itself
+    condition_width: int = 50  # numbers beside the noise that the condition becomes
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -56,6 +63,9 @@ class DcganDiscriminator(NetConfig):
     slope: float = 0.3
     dropout: float = 0.3  # after each convolution
     spectral_norm: bool = False  # Miyato et al. 2018; not in the article
+    classes: int = 0  # the discriminator is told one of so many; 0 = none
+    embedding: int = 0  # length of the vector that stands for a class; 0 = the class itself
+    judge: Literal["projection", "map"] = "projection"  # how the condition enters; only with classes
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -77,17 +87,24 @@ class Generator(nn.Module):
         strides = [1, 2, 2] if config.size == 28 else [2] * _doublings(config.size)
         widths = [config.width * 2**i for i in reversed(range(len(strides)))]
         self.shape = (widths[0], _base(config.size), _base(config.size))
-        self.dense = nn.Linear(config.noise_size, math.prod(self.shape), bias=False)
+        told = config.condition_width if config.classes else 0
+        self.dense = nn.Linear(config.noise_size + told, math.prod(self.shape), bias=False)
         self.dense_norm = nn.BatchNorm1d(math.prod(self.shape), config.bn_eps, config.bn_momentum)
         self.convs = nn.ModuleList(
             _up(i, o, stride)
             for i, o, stride in zip(widths, [*widths[1:], config.channels], strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(w, config.bn_eps, config.bn_momentum) for w in widths[1:])
-        _init_like_keras(self)
+        self.classes = config.classes
+        if told:
+            self.condition = Condition(config.classes, config.embedding)
+            self.code = nn.Linear(self.condition.width, told, bias=False)
+        init_like_keras(self)
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """noise (N, Z) -> pictures (N, C, H, W) in [-1, 1]."""
+    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """noise (N, Z), with classes also what to draw (see `Condition`) -> pictures (N, C, H, W) in [-1, 1]."""
+        if self.classes:
+            noise = torch.cat([noise, self.code(self.condition(condition))], dim=1)
         x = F.leaky_relu(self.dense_norm(self.dense(noise)), self.config.slope)
         x = x.view(-1, *self.shape)  # (N, 4 width, 7, 7)
         for conv, norm in zip(self.convs, self.norms, strict=False):
@@ -102,23 +119,38 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         depth = _doublings(config.size)
-        widths = [config.channels, *(config.width * 2**i for i in range(depth))]
+        maps = 1 if config.classes and config.judge == "map" else 0
+        widths = [config.channels + maps, *(config.width * 2**i for i in range(depth))]
         convs = [nn.Conv2d(widths[i], widths[i + 1], 5, stride=2) for i in range(depth)]
         self.dense = nn.Linear(widths[-1] * _base(config.size) ** 2, 1)
         self.convs = nn.ModuleList(convs)
         self.dropout = Dropout(config.dropout)
-        _init_like_keras(self)
+        self.projection = config.classes > 0 and config.judge == "projection"
+        told = []
+        if config.classes:
+            self.condition = Condition(config.classes, config.embedding)
+            self.code = nn.Linear(
+                self.condition.width, widths[-1] if self.projection else config.size**2, bias=False
+            )
+            told = [self.code]
+        init_like_keras(self)
         if config.spectral_norm:
-            for layer in (*self.convs, self.dense):
+            for layer in (*self.convs, self.dense, *told):
                 spectral_norm(layer)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (N, C, H, W) in [-1, 1] -> logits (N,)."""
+    def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
+        """images (N, C, H, W) in [-1, 1], with classes also what they should show -> logits (N,)."""
         x = images
+        code = self.code(self.condition(condition)) if self.config.classes else None
+        if code is not None and not self.projection:
+            x = torch.cat([x, code.view(-1, 1, *x.shape[2:]).to(x.dtype)], dim=1)  # (N, C + 1, H, W)
         for conv in self.convs:
             x = F.pad(x, (1, 2, 1, 2))  # "same" for a 5x5 kernel of stride 2 on an even size
             x = self.dropout(F.leaky_relu(conv(x), self.config.slope))  # (N, 2 C, H/2, W/2)
-        return self.dense(x.flatten(1)).squeeze(1)
+        logits = self.dense(x.flatten(1)).squeeze(1)
+        if code is not None and self.projection:
+            logits = logits + (code * x.mean(dim=(2, 3))).sum(dim=1)
+        return logits
 
 
 class Dropout(nn.Module):
@@ -146,6 +178,15 @@ class Dropout(nn.Module):
         return f"probability={self.probability}"
 
 
+def init_like_keras(module: nn.Module) -> None:
+    """Glorot uniform kernels, zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 # -- private --------------------------------------------------------------------------------------------------------
 
 
@@ -170,12 +211,3 @@ def _up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:
 
 def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _init_like_keras(module: nn.Module) -> None:
-    """Glorot uniform kernels, zero biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -1,0 +1,60 @@
+"""What the job adds to the learner: the choice of frames, the GIF, the refusal of too little data."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from counterfake import media
+from counterfake.data import DataConfig
+from counterfake.errors import DataError
+from counterfake.images import Preprocess
+from counterfake.learners.gan import GanConfig
+from counterfake.loop import LoopConfig, TrainJob
+from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
+from counterfake.records import Sample, write_version
+from counterfake.workspace import Workspace
+from jobs.train_gan import gif_frames, run
+
+
+def test_fifty_epochs_give_the_articles_fifteen_frames() -> None:
+    frames = gif_frames([str(epoch) for epoch in range(1, 51)])
+    assert frames == ["1", "2", "3", "5", "7", "9", "12", "16", "20", "24", "29", "35", "41", "47", "50"]
+
+
+def test_a_gif_holds_its_frames() -> None:
+    frames = [np.full((8, 12, 3), value, np.uint8) for value in (0, 128, 255)]
+    with Image.open(io.BytesIO(media.encode_gif(frames, milliseconds=150))) as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"]) == (3, (12, 8), 150)
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused(workspace: Workspace) -> None:
+    job = tiny_job(workspace)
+    with pytest.raises(DataError, match=r"has 24 rows, fewer than data.batch_size=64; lower it"):
+        run(dataclasses.replace(job, data=dataclasses.replace(job.data, batch_size=64)), workspace)
+
+
+def tiny_job(workspace: Workspace) -> TrainJob:
+    """Three epochs of 24 noise pictures."""
+    uri, rng = workspace.dataset("noise"), np.random.default_rng(0)
+    rows = [
+        Sample(
+            pixels=rng.integers(0, 256, (28, 28, 1), dtype=np.uint8),
+            source="noise",
+            path=f"{i}",
+            split="train",
+        )
+        for i in range(24)
+    ]
+    write_version(uri, rows, sources={"noise": {"licence": "CC0-1.0", "consent": "none"}})
+    return TrainJob(
+        name="dcgan-tiny",
+        task="gan",
+        data=DataConfig(uri="noise", batch_size=8, preprocess=Preprocess(size=28, channels=1)),
+        learner=GanConfig(generator=DcganGenerator.tiny(), discriminator=DcganDiscriminator.tiny()),
+        loop=LoopConfig(epochs=3, tick_steps=0),
+    )
