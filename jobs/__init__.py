@@ -13,7 +13,9 @@ from typing import Any
 
 from counterfake.errors import ConfigError
 
-_PLUMBING = {"__main__", "benchmarks", "console", "demo_report", "doctor", "submit", "training"}  # no jobs
+_PLUMBING = {
+    "__main__", "benchmarks", "console", "data_commands", "demo_report", "doctor", "options", "submit", "training",
+}  # fmt: skip  # no jobs
 
 
 def names() -> list[str]:

@@ -2,12 +2,12 @@
 
 Every command takes `--json` where a machine may read. A user's mistake is one line on standard error and exit status 2;
 anything else keeps its traceback. This file only parses and prints: what happens is in the jobs and the library.
+`counterfake data …` is data_commands.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,9 @@ import jobs
 from counterfake import config
 from counterfake.errors import ConfigError, CounterfakeError, MediaError
 from counterfake.workspace import Workspace
+from jobs import data_commands
 from jobs.console import Console
+from jobs.options import Home, Json, Storage, Tracking, open_workspace
 
 app = typer.Typer(
     name="counterfake",
@@ -30,34 +32,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Datasets and their versions.")
 models_app = typer.Typer(no_args_is_help=True, help="Registered models, their versions and aliases.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_commands.app, name="data")
 app.add_typer(models_app, name="models")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
-Storage = Annotated[
-    str | None, typer.Option(help="Root of datasets, checkpoints, bundles: file:///… or s3://…")
-]
-Home = Annotated[Path | None, typer.Option(help="Local folder [default: $COUNTERFAKE_HOME or runs].")]
-Tracking = Annotated[
-    str | None, typer.Option(help="MLflow [default: $MLFLOW_TRACKING_URI or SQLite in the home].")
-]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="path=value; may be repeated.")]
 Settings = Annotated[
     list[Path] | None, typer.Option(help="YAML, TOML or JSON file of settings by dotted path.")
 ]
-
-
-def open_workspace(
-    home: Path | None = None, storage: str | None = None, tracking: str | None = None
-) -> Workspace:
-    """The workspace of this call; the only place that reads these environment variables."""
-    root = home or Path(os.environ.get("COUNTERFAKE_HOME", "runs"))
-    storage = storage or os.environ.get("COUNTERFAKE_STORAGE")
-    if storage and "://" not in storage:
-        storage = Path(storage).expanduser().resolve().as_uri()
-    return Workspace.at(root, storage, tracking or os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 @app.command()
@@ -176,77 +158,6 @@ def doctor(
             "counterfake doctor", ("check", "state", "found", "what to do"), [r.row() for r in results]
         )
     raise typer.Exit(1 if any(r.state == "bad" for r in results) else 0)
-
-
-@data_app.command("list")
-def data_list(home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Datasets of this workspace, with their newest version."""
-    from counterfake.records import Dataset
-    from counterfake.storage import open_store
-
-    workspace, console = open_workspace(home, storage), Console(as_json=as_json)
-    store = open_store(f"{workspace.storage}/datasets")
-    names = sorted({entry.key.split("/")[0] for entry in store.list() if "/versions/" in entry.key})
-    rows, broken = [], []
-    for name in names:
-        try:
-            version = Dataset.open(workspace.dataset(name)).version()
-        except CounterfakeError as error:  # one broken dataset does not hide the others
-            broken.append(str(error))
-        else:
-            rows.append((name, version.number, version.rows()))
-    if as_json:
-        console.result([{"name": n, "version": v, "rows": r} for n, v, r in rows])
-    else:
-        console.table("datasets", ("name", "version", "rows"), rows)
-    _complain(console, broken)
-    if not names:
-        console.event(f"no datasets in {store.uri}; `counterfake run ingest synthetic-faces-demo` makes one")
-
-
-@data_app.command("show")
-def data_show(uri: str, home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
-    """One version: splits, counts, sources, report, who wrote it."""
-    from counterfake.records import Dataset
-
-    console = Console(as_json=as_json)
-    found = Dataset.open(open_workspace(home, storage).dataset(uri)).version().describe()
-    if as_json:
-        return console.result(found)
-    counts = found.pop("counts")
-    console.result(found)
-    console.table("rows", ("split", "label", "maker", "people", "rows"), _rows_by_maker(counts))
-    return None
-
-
-def _rows_by_maker(counts: list[dict[str, Any]]) -> list[tuple[str, str, str, int, int]]:
-    groups: dict[tuple[str, str, str], tuple[set[str], int]] = {}
-    for row in counts:
-        key = (row["split"], {0: "real", 1: "fake"}.get(row["fake"], "unknown"), row["maker"])
-        people, rows = groups.get(key, (set(), 0))
-        groups[key] = (people | {row["identity"]} - {None}, rows + row["rows"])
-    return [(*key, len(people), rows) for key, (people, rows) in sorted(groups.items())]
-
-
-@data_app.command("verify")
-def data_verify(uri: str, home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Read every byte of a version and compare it with its digest. Exit status 1 if any was altered or is lost."""
-    from counterfake.records import Dataset
-
-    console = Console(as_json=as_json)
-    dataset = Dataset.open(open_workspace(home, storage).dataset(uri))
-    with console.progress("verifying", None) as advance:
-        found = dataset.verify(progress=advance)
-    console.result(found if as_json else {**found, "problems": len(found["problems"])})
-    _complain(console, found["problems"])
-
-
-def _complain(console: Console, problems: list[str]) -> None:
-    """Each problem of what is stored as an error line, and exit status 1 if there is one."""
-    for problem in problems:
-        console.error(problem)
-    if problems:
-        raise typer.Exit(1)
 
 
 @models_app.command("list")

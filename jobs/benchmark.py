@@ -1,9 +1,12 @@
 """How fast the platform is, as ratios to its peers measured in the same run, in turns, on the same input.
 
     counterfake run benchmark loader --json      batches from 20,000 JPEG pictures, against packaged loaders; 2 cores: 5 min
+    counterfake run benchmark storage --json     the same batches from S3 over HTTP, cold and cached; 3 min
     counterfake run benchmark gan --json         the article's DCGAN step, against plain torch and TensorFlow; 4 min
+    counterfake run benchmark autoencoder --json the article's autoencoder at batch 32, against plain torch and Keras fit
     counterfake run benchmark serving --json     MobileNetV2 in a bundle, against eager torch, ONNX Runtime, OpenVINO; 2 min
     counterfake run benchmark forensics --json   Benford features, against a loop over coefficients with curve_fit; 1 min
+    counterfake run benchmark growth             seconds and memory of a dataset of 10^4 to 10^7 rows; no peers
 
 One JSON object each: `ours`, `peers` and `limit` are medians of `repeats`; a peer that cannot be installed or run is null
 and `absent` says why. First use makes the input and installs the peers into environments of their own under the
@@ -33,7 +36,7 @@ from jobs.console import Console
 class BenchmarkJob:
     """One benchmark: on what, for how long, against whom."""
 
-    name: Literal["loader", "gan", "serving", "forensics"]
+    name: Literal["loader", "storage", "gan", "autoencoder", "serving", "forensics", "growth"]
     pictures: int  # of the input
     size: int  # side of a picture, pixels
     batch_size: int  # pictures per batch, step or call
@@ -58,9 +61,11 @@ def run(job: BenchmarkJob, workspace: Workspace, *, console: Console | None = No
     """Make the input, install the peers, measure in turns; returns the figures."""
     console = console or Console(quiet=True)
     module = importlib.import_module(f"jobs.benchmarks.{job.name}")
-    names, before = _contestants(module, job.peers), harness.machine()
     folder = workspace.cache / "benchmark" / job.name
     folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "table"):
+        return _tabulated(job, module, folder, console)
+    names, before = _contestants(module, job.peers), harness.machine()
     console.stage(f"benchmark {job.name}: {', '.join(names)}")
     started = time.monotonic()
     inputs = module.setting_up(job, folder, console)
@@ -70,6 +75,13 @@ def run(job: BenchmarkJob, workspace: Workspace, *, console: Console | None = No
         runs = harness.interleaved(present, job.repeats, turn, advance)
     after = {"load_after": harness.machine()["load"], "seconds": round(time.monotonic() - started, 1)}
     return summary(job, module, runs, turn.absent) | {"machine": before | after}
+
+
+def _tabulated(job: BenchmarkJob, module: ModuleType, folder: Path, console: Console) -> dict[str, Any]:
+    """A benchmark without peers: a row of figures for each size."""
+    console.stage(f"benchmark {job.name}")
+    before, rows = harness.machine(), module.table(job, folder, console)
+    return {"name": job.name, "table": rows, "settings": to_dict(job), "machine": before}
 
 
 class _Turns:
@@ -135,10 +147,19 @@ def summary(
     job: BenchmarkJob, module: ModuleType, runs: Mapping[str, list[dict[str, Any]]], absent: Mapping[str, str]
 ) -> dict[str, Any]:
     """Medians and ratios of what was measured. `ratios` holds ours over each peer."""
+    pairs = getattr(
+        module, "COMPARISONS", {}
+    )  # name -> (contestant, those of which it is held against the slowest)
+    rates = {name: harness.median(found) or 0.0 for name, found in runs.items()}
+    compared = {
+        name: harness.ratio(rates.get(one), min(rates.get(other, 0.0) for other in others))
+        for name, (one, others) in pairs.items()
+    }
     result = {
         "name": job.name,
         "unit": module.UNIT,
         **_compared(module, runs, absent, "rate"),
+        **({"comparisons": compared} if pairs else {}),
         "per_cpu_second": _compared(module, runs, absent, "per_cpu_second"),
         "runs": {name: [round(run["rate"], 2) for run in found if run] for name, found in runs.items()},
         "absent": dict(absent),
@@ -183,9 +204,19 @@ def loader() -> BenchmarkJob:
     return BenchmarkJob(name="loader", pictures=20_000, size=128, batch_size=256, seconds=4)
 
 
+def storage() -> BenchmarkJob:
+    """Batches from S3 over HTTP: with nothing cached and with all, against local files and a loop of ranged GETs."""
+    return BenchmarkJob(name="storage", pictures=20_000, size=128, batch_size=256, seconds=4)
+
+
 def gan() -> BenchmarkJob:
     """Training steps of the article's MNIST DCGAN at batch 256; `--set precision=bf16` for mixed precision."""
     return BenchmarkJob(name="gan", pictures=1536, size=28, batch_size=256, seconds=8, matmul="medium")
+
+
+def autoencoder() -> BenchmarkJob:
+    """Training steps of the article's autoencoder at Keras' default batch of 32."""
+    return BenchmarkJob(name="autoencoder", pictures=1536, size=28, batch_size=32, seconds=4)
 
 
 def serving() -> BenchmarkJob:
@@ -198,9 +229,17 @@ def forensics() -> BenchmarkJob:
     return BenchmarkJob(name="forensics", pictures=32, size=256, batch_size=8, threads=1, seconds=4)
 
 
+def growth() -> BenchmarkJob:
+    """A dataset of 10^4 to 10^7 rows: commit, open, plan, first batch, garbage plan, append. `pictures` is the largest."""
+    return BenchmarkJob(name="growth", pictures=10_000_000, size=4, batch_size=256, repeats=1)
+
+
 PRESETS: dict[str, Callable[[], BenchmarkJob]] = {
     "loader": loader,
+    "storage": storage,
     "gan": gan,
+    "autoencoder": autoencoder,
     "serving": serving,
     "forensics": forensics,
+    "growth": growth,
 }

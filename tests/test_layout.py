@@ -16,9 +16,9 @@ LIBRARY = ROOT / "platform" / "counterfake"
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
     0: "config errors workspace dist storage telemetry",
-    1: "media faces images order records samples staging versions sources data nets",
-    2: "learners forensics evaluation ensemble checkpoint loop",
-    3: "bundle scoring predictor scoring provenance outbox tracking gate registry",
+    1: "arrays fingerprint grouping media video faces images order parts prepare records samples staging versions labels sources data curation nets",
+    2: "audit learners forensics evaluation ensemble checkpoint loop export",
+    3: "bundle extractor scoring predictor scoring provenance outbox tracking gate registry",
     4: "cluster",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -30,7 +30,7 @@ HOMES = {
     "boto3": ("platform/counterfake/storage.py",),
     "botocore": ("platform/counterfake/storage.py",),
     "prometheus_client": ("platform/counterfake/telemetry.py",),
-    "av": ("platform/counterfake/media.py",),
+    "av": ("platform/counterfake/video",),
     "PIL": (
         "platform/counterfake/media.py",
         "platform/counterfake/images.py",

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from counterfake import media
-from counterfake.errors import ConfigError, DataError, MediaError
+from counterfake import labels, media
+from counterfake.errors import ConfigError, DataError, MediaError, StorageError
 from counterfake.images import Preprocess
-from counterfake.order import Order, Rows
+from counterfake.order import Balanced, Order, Rows
 from counterfake.records import Dataset
-from counterfake.samples import LABELS
-from counterfake.versions import Shard, fits
+from counterfake.versions import fits
+
+logger = logging.getLogger(__name__)
+
+POINTS = 5  # of a face: eyes, nose tip, corners of the mouth
+BALANCED_BY = {"class": "class_id", "maker": "maker", "fake": "fake"}  # data.balance -> column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,11 @@ class DataConfig:
     seed: int = 0  # of the order
     drop_last: bool = True  # leave out the rows of an epoch that do not fill a batch
     where: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"fake": 0}, {"identity": ["a", "b"]}
+    balance: Literal["", "class", "maker", "fake"] = (
+        ""  # equal shares of each in every batch, small ones repeated
+    )
+    allow_leaks: bool = False  # train though the audit of this version found a leak; recorded with the run
+    landmarks: bool = False  # give the points of each face with it, see Batch.landmarks
     threads: int = 2  # decoding threads of each rank
     prefetch: int = 4  # batches decoded ahead
 
@@ -53,8 +63,10 @@ class DataConfig:
         for name in ("batch_size", "lanes", "window", "mix_shards", "threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if unknown := sorted(set(self.where) - set(LABELS)):
-            raise ConfigError(f"data.where has no column {unknown[0]!r}; it may name {', '.join(LABELS)}")
+        if unknown := sorted(set(self.where) - set(labels.COLUMNS)):
+            raise ConfigError(
+                f"data.where has no column {unknown[0]!r}; it may name {', '.join(labels.COLUMNS)}"
+            )
 
     @property
     def streams(self) -> int:
@@ -74,6 +86,9 @@ class Batch:
     ids: list[str]
     step: int  # of the run, counted over epochs
     epoch: int
+    landmarks: torch.Tensor | None = (
+        None  # (N, 5, 2) float32 x, y in pixels of the images, NaN unknown; where asked for
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,11 +97,12 @@ class Batch:
         """The same batch on a device; from pinned memory the copy does not wait."""
         names = ("images", "fake", "class_id", "identity", "maker")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return dataclasses.replace(self, **moved)
+        points = None if self.landmarks is None else self.landmarks.to(device, non_blocking=True)
+        return dataclasses.replace(self, **moved, landmarks=points)
 
 
 class Loader:
-    """The batches of one rank. Opening reads the manifest only (and the label columns that `where` names)."""
+    """The batches of one rank. Opening reads the manifest only, and the labels that `where` and `balance` name."""
 
     def __init__(
         self, config: DataConfig, *, rank: int = 0, world: int = 1, cache: Path | None = None
@@ -101,15 +117,7 @@ class Loader:
         self.identities = self.version.names("identity", config.where)
         self.makers = self.version.names("maker", config.where)
         self._shards = self.version.shards(config.split)
-        self._order = Order(
-            self._blocks(),
-            batch_size=config.batch_size,
-            lanes=config.streams,
-            window=config.window,
-            mix_shards=config.mix_shards,
-            seed=config.seed,
-            drop_last=config.drop_last,
-        )
+        self._order = self._ordered()
         if self.rows == 0:
             raise DataError(f"{self._name} has no rows{self._filter}; choose another split or filter")
         if self.steps_per_epoch == 0:
@@ -147,23 +155,53 @@ class Loader:
     def _filter(self) -> str:
         return f" where {self.config.where}" if self.config.where else ""
 
-    def _blocks(self) -> list[list[Rows | int]]:
-        """For each shard, of each record batch: how many rows, or which ones if `where` chooses."""
-        if not self.config.where:
-            return [list(shard.rows_per_batch) for shard in self._shards]
-        return [self._chosen(shard) for shard in self._shards]
+    def _ordered(self) -> Order | Balanced:
+        config = self.config
+        settings: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "lanes": config.streams,
+            "window": config.window,
+            "mix_shards": config.mix_shards,
+            "seed": config.seed,
+            "drop_last": config.drop_last,
+        }
+        if not config.balance:
+            every = [list(shard.rows_per_batch) for shard in self._shards]
+            return Order(self._divided(self._chosen()) if config.where else every, **settings)
+        return Balanced([self._divided(rows) for rows in self._groups()], **settings)
 
-    def _chosen(self, shard: Shard) -> list[Rows | int]:
-        where = self.config.where
-        reader = self.dataset.reader(shard, list(where))
-        chosen: list[Rows | int] = []
-        for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            keep = np.ones(batch.num_rows, bool)
-            for name, value in where.items():
-                keep &= [fits(item, value) for item in batch.column(name).to_pylist()]
-            chosen.append(np.flatnonzero(keep))
-        return chosen
+    def _chosen(self) -> NDArray[np.bool_]:
+        """(rows of the split,) which of them `where` chooses."""
+        keep = np.ones(sum(shard.rows for shard in self._shards), bool)
+        for column, wanted in self.config.where.items():
+            found = labels.read(self.dataset, self.version, self.config.split, column)
+            good = [fits(value, wanted) for value in (*found.values, None)]  # the last answers code -1
+            keep &= np.array(good)[found.codes]
+        return keep
+
+    def _groups(self) -> list[NDArray[np.bool_]]:
+        """For each class, maker or label that is balanced: which rows it has. Raises DataError for fewer than two."""
+        name = BALANCED_BY[self.config.balance]
+        found, keep = labels.read(self.dataset, self.version, self.config.split, name), self._chosen()
+        if missing := int((keep & (found.codes < 0)).sum()):
+            logger.warning("%s: %d rows without %s are left out by data.balance", self._name, missing, name)
+        groups = {value: keep & (found.codes == code) for code, value in enumerate(found.values)}
+        present = [groups[value] for value in sorted(groups) if groups[value].any()]
+        if len(present) < 2:
+            raise DataError(
+                f"{self._name} has {len(present)} values of {name}{self._filter}, nothing to balance; "
+                f"leave data.balance empty or choose another dataset"
+            )
+        return present
+
+    def _divided(self, keep: NDArray[np.bool_]) -> list[list[Rows | int]]:
+        """For each shard, of each record batch: the numbers of its rows that are kept."""
+        lengths = [rows for shard in self._shards for rows in shard.rows_per_batch]
+        ends = np.cumsum(lengths)
+        rows = np.flatnonzero(keep)
+        parts = np.split(rows, np.searchsorted(rows, ends)[:-1])
+        inside = iter([part - start for part, start in zip(parts, ends - lengths, strict=True)])
+        return [[next(inside) for _ in shard.rows_per_batch] for shard in self._shards]
 
 
 def _check_world(config: DataConfig, rank: int, world: int) -> None:
@@ -183,7 +221,7 @@ def _check_world(config: DataConfig, rank: int, world: int) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Block:
-    """An open record batch. `rows` holds (id, fake, class_id, identity, maker, face_box) of each row."""
+    """An open record batch. `rows` holds (id, fake, class_id, identity, maker, face_box, landmarks) of each row."""
 
     rows: list[tuple[Any, ...]]
     pixels: NDArray[np.uint8] | None  # (rows, H, W, C) view of raw pixels
@@ -238,7 +276,10 @@ class _Decoder:
         self._loader = loader
         self._shards = loader._shards
         self._preprocess = loader.config.preprocess
-        self._as_stored = self._preprocess.crop == "none" and self._preprocess.channels == 3
+        self._points = loader.config.landmarks
+        self._as_stored = (
+            self._preprocess.crop == "none" and self._preprocess.channels == 3 and not self._points
+        )
         self._raw_shape = loader.version.shape
         self._vocabulary = {
             name: {value: index for index, value in enumerate(values)}
@@ -246,9 +287,9 @@ class _Decoder:
         }
         each = loader._order.lanes // loader.world
         self._blocks: collections.OrderedDict[tuple[int, int], _Block] = collections.OrderedDict()
-        self._most_blocks = 2 * each * loader.config.window + 16
+        self._most_blocks = 2 * each * loader.config.window * loader._order.groups + 16
         self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._most_readers = 2 * each * loader.config.mix_shards + 8
+        self._most_readers = 2 * each * loader.config.mix_shards * loader._order.groups + 8
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
         self._buffers = _Buffers(pinned=torch.cuda.is_available())
@@ -259,7 +300,8 @@ class _Decoder:
         plan = self._loader.plan(step).tolist()
         side, channels = self._preprocess.size, self._preprocess.channels
         images = self._buffers.take((len(plan), side, side, channels))
-        labels = self._fill(images.numpy(), plan)
+        points = np.full((len(plan), POINTS, 2), np.nan, np.float32) if self._points else None
+        labels = self._fill(images.numpy(), plan, points)
         ids = [row[0] for row in labels]
         fake, class_id, identity, maker = (
             torch.tensor([row[1:5] for row in labels]).reshape(-1, 4).long().unbind(1)
@@ -273,10 +315,13 @@ class _Decoder:
             ids=ids,
             step=step,
             epoch=step // self._loader.steps_per_epoch,
+            landmarks=None if points is None else torch.from_numpy(points),
         )
 
-    def _fill(self, images: NDArray[np.uint8], plan: list[list[int]]) -> list[tuple[Any, ...]]:
-        """Decode every row of the plan into its slot; the labels of each."""
+    def _fill(
+        self, images: NDArray[np.uint8], plan: list[list[int]], points: NDArray[np.float32] | None
+    ) -> list[tuple[Any, ...]]:
+        """Decode every row of the plan into its slot, and its points where they are asked for; the labels of each."""
         blocks = {
             (shard, number): self._block(shard, number) for shard, number in {(s, n) for s, n, _ in plan}
         }
@@ -288,7 +333,12 @@ class _Decoder:
             label = block.rows[row]
             try:
                 if not (self._as_stored and block.decode_into(row, images[slot])):
-                    images[slot] = self._preprocess.apply(block.decode(row), label[5])
+                    pixels, marks = block.decode(row), _paired(label[6])
+                    images[slot] = self._preprocess.apply(pixels, label[5], marks)
+                    if points is not None and marks and len(marks) == POINTS:
+                        points[slot] = self._preprocess.place(
+                            marks, (pixels.shape[1], pixels.shape[0]), label[5]
+                        )
             except (MediaError, DataError, ValueError) as error:
                 where = f"{self._loader.dataset.store.uri}/{self._shards[shard].key}"
                 raise DataError(f"{where}, id {label[0]}: {error}") from error
@@ -315,7 +365,10 @@ class _Decoder:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-        reader = self._loader.dataset.reader(self._shards[shard])
+        try:
+            reader = self._loader.dataset.reader(self._shards[shard])
+        except StorageError as error:  # which knows the shard, but not for which version it was read
+            raise type(error)(f"{self._loader._name}: {error}") from error
         with self._lock:
             self._readers[shard] = reader
             while len(self._readers) > self._most_readers:
@@ -331,12 +384,11 @@ class _Decoder:
         columns = [batch.column("id").to_pylist()]
         columns += [_integers(batch.column(name)) for name in ("fake", "class_id")]
         columns += [_indices(batch.column(name), known) for name, known in self._vocabulary.items()]
-        boxes = (
-            batch.column("face_box").to_pylist()
-            if self._preprocess.crop == "face"
-            else [None] * batch.num_rows
-        )
-        rows = list(zip(*columns, boxes, strict=True))
+        nothing = [None] * batch.num_rows
+        boxes = batch.column("face_box").to_pylist() if self._preprocess.needs_face else nothing
+        wanted = self._points or self._preprocess.crop == "aligned"
+        marks = batch.column("landmarks").to_pylist() if wanted else nothing
+        rows = list(zip(*columns, boxes, marks, strict=True))
         if self._raw_shape:
             flat = batch.column("pixels").flatten().to_numpy(zero_copy_only=True)
             return _Block(rows, flat.reshape(-1, *self._raw_shape), None, [])
@@ -344,6 +396,11 @@ class _Decoder:
         _, offsets, data = pictures.buffers()
         ends = np.frombuffer(offsets, np.int32)[pictures.offset : pictures.offset + len(pictures) + 1]
         return _Block(rows, None, memoryview(data), ends.tolist())
+
+
+def _paired(flat: list[float] | None) -> list[tuple[float, float]] | None:
+    """x0, y0, x1, y1, … -> points; None where there are none."""
+    return list(zip(flat[::2], flat[1::2], strict=True)) if flat else None
 
 
 def _integers(column: pa.Array) -> list[int]:

@@ -61,6 +61,10 @@ class NonFiniteError(TrainingError):
     """A loss or metric became NaN or infinite."""
 
 
+class CollapseError(TrainingError):
+    """A learner found that it learns nothing any more, or destroys what it had learned."""
+
+
 class ClusterError(CounterfakeError):
     """The cluster cannot run what was asked: unreachable, or too few resources."""
 

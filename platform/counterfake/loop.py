@@ -65,7 +65,7 @@ class TrainJob:
     """Everything that decides what a training run does; its digest names the run."""
 
     name: str
-    task: Literal["gan", "faceswap", "detector"]
+    task: Literal["gan", "faceswap", "detector", "autoencoder", "classifier", "next_frame"]
     data: DataConfig
     learner: LearnerConfig
     loop: LoopConfig
@@ -74,6 +74,7 @@ class TrainJob:
     gpus_per_worker: float = 0.0
     validation: DataConfig | None = None  # held-out rows, measured at checkpoints
     register_as: str = ""  # name in the registry; "" = not registered
+    purpose: Literal["", "detector-training"] = ""  # face swaps: allows sources of consent "research", forbids export
     notes: str = ""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,11 @@ into `lanes` equal pieces. A lane mixes the record batches of a few neighbouring
 1, …, with b = batch_size / lanes; rank r of W reads lanes [r L / W, (r + 1) L / W), its own slice of that batch. So
 the global batch does not depend on the world size, every row comes once an epoch, and any step is found from counts
 in the manifest alone: no index of rows, nothing read before it.
+
+`Balanced` gives groups of rows (classes, makers) equal shares of every batch. Each group has an order of its own, which
+starts again whenever it ends; place i of the run belongs to group i mod G and takes that group's next row. So a batch
+holds each group within one of its share, a row of a group of n comes once in every n places of the group, whatever its
+size, and any step is found by division.
 """
 
 from __future__ import annotations
@@ -43,9 +48,12 @@ class Order:
         self._sizes = [np.array([b if isinstance(b, int) else len(b) for b in s], np.int64) for s in blocks]
         self._totals = np.array([sizes.sum() for sizes in self._sizes], np.int64)
         self._seed, self._window, self._mix = seed, window, mix_shards
-        self.lanes = lanes
+        self.lanes, self.groups = lanes, 1
         self.rows = int(self._totals.sum())
-        self._share = batch_size // self.lanes  # rows of a lane in a global batch
+        self._batch, self._share = (
+            batch_size,
+            batch_size // lanes,
+        )  # rows of a global batch, and a lane's part of it
         full, rest = divmod(self.rows, batch_size)
         self.steps = full if drop_last else full + (rest > 0)
         self._lane = functools.lru_cache(maxsize=4 * self.lanes)(self._lane_parts)
@@ -64,12 +72,38 @@ class Order:
             found.append(rows[max(start - first, 0) : min(stop - first, length)])
         return np.concatenate(found)
 
+    def span(self, epoch: int, start: int, stop: int) -> Rows:
+        """(n, 3): rows [start, stop) of an epoch, counted along its global batches. 0 <= start <= stop <= rows."""
+        found = [np.empty((0, 3), np.int64)]
+        for step in range(start // self._batch, -(-stop // self._batch)):
+            first = step * self._batch
+            for lane in range(self.lanes):
+                length = self._given(step, lane)
+                if start < first + length and first < stop:
+                    rows = self.slice(epoch, step, lane)
+                    found.append(rows[max(start - first, 0) : stop - first])
+                first += length
+        return np.concatenate(found)
+
+    def lane_at(self, position: int) -> tuple[int, int]:
+        """(step, lane) that give the row at this position of an epoch."""
+        step, rest = divmod(position, self._batch)
+        for lane in range(self.lanes):
+            rest -= self._given(step, lane)
+            if rest < 0:
+                return step, lane
+        raise IndexError(f"position {position} is not in an epoch of {self.rows} rows")
+
     def shards_ahead(self, epoch: int, step: int, lane: int) -> list[int]:
         """Shards of the lane's current group and the next, in order."""
         start = step * self._share
         parts, ends = self._lane(epoch, lane)
         first = int(np.searchsorted(ends, start, side="right")) // self._mix * self._mix
         return [shard for shard, _, _ in parts[first : first + 2 * self._mix]]
+
+    def _given(self, step: int, lane: int) -> int:
+        """Rows that a lane gives to a step."""
+        return max(0, min(self._share, self._lane_length(lane) - step * self._share))
 
     def _lane_length(self, lane: int) -> int:
         return self.rows // self.lanes + (lane < self.rows % self.lanes)
@@ -144,6 +178,77 @@ class Order:
         if stop - start < len(rows):  # two lanes share it: each gets another part of it every epoch
             rows = rows[_permutation(len(rows), self._seed, "block", epoch, shard, block)]
         return rows[start:stop]
+
+
+class Balanced:
+    """Batches with equal shares of several groups of rows: place i of the run takes the next row of group i mod G.
+
+    groups[g][shard] = the rows of group g in each record batch. The epoch is as long as that of all rows together;
+    a group larger than its share is not seen whole in one, a smaller one comes several times, each row equally often
+    within one. Every batch is full.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Sequence[Rows | int]]],
+        *,
+        batch_size: int,
+        lanes: int,
+        drop_last: bool,
+        **options: int,
+    ) -> None:
+        """options: window, mix_shards and seed of each group's Order. Groups must not be empty."""
+        self._mix = options["mix_shards"]
+        share = max(1, batch_size // (len(groups) * lanes))  # a lane then mostly reads one lane of each group
+        self._orders = [
+            Order(blocks, batch_size=share * lanes, lanes=lanes, drop_last=False, **options)
+            for blocks in groups
+        ]
+        self.lanes, self.groups, self._batch = lanes, len(groups), batch_size
+        self.rows = sum(order.rows for order in self._orders)
+        self.steps = self.rows // batch_size if drop_last else -(-self.rows // batch_size)
+
+    def slice(self, epoch: int, step: int, lane: int) -> Rows:
+        """(n, 3) shard, record batch, row: what a lane gives to one step of an epoch."""
+        start, stop = self._places(epoch, step, lane)
+        found = np.empty((stop - start, 3), np.int64)
+        for group in range(len(self._orders)):
+            found[(group - start) % len(self._orders) :: len(self._orders)] = self._next(
+                group, self._before(start, group), self._before(stop, group)
+            )
+        return found
+
+    def shards_ahead(self, epoch: int, step: int, lane: int) -> list[int]:
+        """Shards that the lane's groups need now and next, in order."""
+        start, _ = self._places(epoch, step, lane)
+        found: dict[int, None] = {}
+        for group, order in enumerate(self._orders):
+            turn, position = divmod(self._before(start, group), order.rows)
+            needed = order.shards_ahead(turn, *order.lane_at(position))
+            if len(needed) <= self._mix:  # the group soon starts again
+                needed += order.shards_ahead(turn + 1, 0, lane)
+            found |= dict.fromkeys(needed)
+        return list(found)
+
+    def _places(self, epoch: int, step: int, lane: int) -> tuple[int, int]:
+        """The places of the run that a lane fills at one step: [start, stop)."""
+        each = self._batch // self.lanes
+        start = (epoch * self.steps + step) * self._batch + lane * each
+        return start, start + each
+
+    def _before(self, place: int, group: int) -> int:
+        """How many places before this one belong to the group."""
+        return (place - group + len(self._orders) - 1) // len(self._orders)
+
+    def _next(self, group: int, start: int, stop: int) -> Rows:
+        """Rows [start, stop) of the group's endless line."""
+        order, found = self._orders[group], [np.empty((0, 3), np.int64)]
+        while start < stop:
+            turn, position = divmod(start, order.rows)
+            length = min(stop - start, order.rows - position)
+            found.append(order.span(turn, position, position + length))
+            start += length
+        return np.concatenate(found)
 
 
 def _permutation(size: int, *key: int | str) -> Rows:

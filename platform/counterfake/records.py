@@ -10,6 +10,7 @@ same samples give the same shards.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 import time
@@ -24,10 +25,10 @@ from numpy.typing import NDArray
 
 from counterfake import versions
 from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError
-from counterfake.samples import LABELS, Report, Sample, Skipped, schema, to_sample
+from counterfake.samples import Report, Sample, Skipped, schema, to_sample
 from counterfake.staging import Known, Plan, Spool
-from counterfake.storage import Entry, Store, file_sha256, open_store, probe
-from counterfake.versions import Shard, SplitRule, Version, fits
+from counterfake.storage import Store, file_sha256, open_store, probe
+from counterfake.versions import Shard, SplitRule, Version
 
 __all__ = [
     "Dataset",
@@ -37,13 +38,12 @@ __all__ = [
     "Skipped",
     "SplitRule",
     "Version",
-    "derive",
-    "gc_plan",
     "schema",
     "write_version",
 ]
 
 SHARD_BYTES = 128 << 20  # a shard of large pictures has fewer rows than asked
+GRACE_SECONDS = 86_400  # a shard so young may belong to a writer at work: garbage collection leaves it
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -107,8 +107,7 @@ class Dataset:
             reader = pa.ipc.open_file(source)
         except pa.ArrowInvalid as error:
             raise DataError(f"{self.store.uri}/{shard.key} is not an Arrow IPC file: {error}") from error
-        if b"counterfake" not in (reader.schema.metadata or {}):
-            raise DataError(f"{self.store.uri}/{shard.key} is an Arrow file that counterfake did not write")
+        _check_ours(f"{self.store.uri}/{shard.key}", reader.schema)
         if columns is None:
             return reader
         indices = [reader.schema.get_field_index(name) for name in columns]
@@ -131,13 +130,20 @@ class Dataset:
         table = pa.concat_tables([self.reader(shard, columns).read_all() for shard in shards])
         return table.select(list(columns)) if columns is not None else table
 
-    def samples(self, version: Version | int | None, split: str) -> Iterator[Sample]:
-        """The samples of a split in stored order."""
+    def samples(
+        self,
+        version: Version | int | None,
+        split: str,
+        keep: Callable[[pa.RecordBatch], NDArray[np.bool_]] | None = None,
+    ) -> Iterator[Sample]:
+        """The samples of a split in stored order; those of a record batch (N rows) for which `keep` gives (N,) True."""
         version = self._resolve(version)
         for shard in version.shards(split):
             reader = self.reader(shard)
             for index in range(reader.num_record_batches):
-                for row in reader.get_batch(index).to_pylist():
+                batch = reader.get_batch(index)
+                chosen = batch if keep is None else batch.take(pa.array(np.flatnonzero(keep(batch))))
+                for row in chosen.to_pylist():
                     yield to_sample(row, version.shape, split)
 
     def verify(
@@ -171,14 +177,16 @@ class Dataset:
         return version if isinstance(version, Version) else self.version(version)
 
 
-def gc_plan(dataset: Dataset, *, older_than_s: float = 86_400) -> list[Entry]:
-    """Shards that no version reaches and that are old enough not to belong to a writer still at work."""
-    before = time.time() - older_than_s
-    shards = [entry for entry in dataset.store.list("shards/") if entry.modified < before]
-    reachable = {
-        s.key for version in dataset.history() for split in version.splits for s in version.shards(split)
-    }
-    return [entry for entry in shards if entry.key not in reachable]
+def _check_ours(name: str, schema: pa.Schema) -> None:
+    """Raises DataError for an Arrow file of somebody else's, or of a newer counterfake."""
+    ours = (schema.metadata or {}).get(b"counterfake")
+    if ours is None:
+        raise DataError(f"{name} is an Arrow file that counterfake did not write")
+    found = int(json.loads(ours)["schema_version"])
+    if found > versions.SCHEMA_VERSION:
+        raise DataError(
+            f"{name} has schema {found}, this counterfake reads up to {versions.SCHEMA_VERSION}; update counterfake"
+        )
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -224,36 +232,6 @@ def write_version(
         return draft.commit(parent)
 
 
-def derive(
-    dataset: Dataset,
-    version: Version | int | None,
-    where: Mapping[str, Any],
-    *,
-    uri: str | None = None,
-    writer: Mapping[str, Any] | None = None,
-) -> Version:
-    """The rows that satisfy `where` ({"maker": "camera", "identity": ["a", "b"]}), splits kept, as a version at `uri`."""
-    source = version if isinstance(version, Version) else dataset.version(version)
-    if unknown := sorted(set(where) - set(LABELS)):
-        raise ConfigError(f"rows cannot be chosen by {unknown[0]!r}; choose by {', '.join(LABELS)}")
-    chosen = (
-        sample
-        for split in source.splits
-        for sample in dataset.samples(source, split)
-        if all(fits(getattr(sample, key), value) for key, value in where.items())
-    )
-    origin = {"derived_from": f"{dataset.store.uri}@{source.number}", "where": dict(where), **(writer or {})}
-    rule = SplitRule(fractions={name: 1 / len(source.splits) for name in source.splits})
-    return write_version(
-        uri or dataset.store.uri,
-        chosen,
-        sources=source.sources,
-        splits=rule,
-        writer=origin,
-        cache=dataset.cache,
-    )
-
-
 def _check_sources(sources: Mapping[str, Mapping[str, Any]]) -> None:
     for name, facts in sources.items():
         if not facts.get("licence") or facts.get("consent") not in versions.CONSENTS:
@@ -288,7 +266,7 @@ class _Draft:
             base = self._base(newest, parent)
             if base is not None:
                 self._check_base(base)
-                known.add(base, self.rule, self._read_labels)
+                known.add(base, self._read_labels)
             fresh = self.spool.plan(known, self.rule)
             report = self.spool.report
             report.duplicates, report.conflicts = duplicates + fresh.duplicates, conflicts + fresh.conflicts
@@ -297,10 +275,14 @@ class _Draft:
                 return base
             if plan is None or not fresh.same(plan):
                 plan, added = fresh, self._upload(fresh)
+            if not self._all_there(added):  # a garbage collection was faster
+                added = self._upload(plan)
             version = self._version(numbers[-1] + 1 if numbers else 1, base, plan, added)
             if newest is not None and newest.digest == version.digest:
                 return newest
             if versions.commit(self.dataset.store, version):
+                if not self._all_there(added):
+                    self._upload(plan)
                 return version
 
     def _base(self, newest: Version | None, parent: Version | Literal["append"] | None) -> Version | None:
@@ -322,23 +304,31 @@ class _Draft:
             )
 
     def _read_labels(self, shard: Shard) -> pa.Table:
-        return self.dataset.reader(shard, ["id", "fake", "identity", "video"]).read_all()
+        return self.dataset.reader(shard, Known.COLUMNS).read_all()
 
     def _upload(self, plan: Plan) -> dict[str, tuple[Shard, ...]]:
-        return {name: tuple(self._upload_split(rows)) for name, rows in plan.rows.items()}
+        """Every shard of the plan on storage. One that is there but old is written again, so that it is young: with no
+        version reaching it, a garbage collection may be about to delete it."""
+        before = time.time() - GRACE_SECONDS / 2
+        young = {entry.key for entry in self.dataset.store.list("shards/") if entry.modified > before}
+        return {name: tuple(self._upload_split(rows, young)) for name, rows in plan.rows.items()}
 
-    def _upload_split(self, rows: NDArray[np.int64]) -> Iterator[Shard]:
+    def _all_there(self, added: Mapping[str, tuple[Shard, ...]]) -> bool:
+        there = {entry.key for entry in self.dataset.store.list("shards/")}
+        return all(shard.key in there for shards in added.values() for shard in shards)
+
+    def _upload_split(self, rows: NDArray[np.int64], young: set[str]) -> Iterator[Shard]:
         pending: list[pa.RecordBatch] = []
         for batch in self.spool.batches(rows, self.rows_per_batch):
             full = sum(b.num_rows for b in pending) + batch.num_rows > self.rows_per_shard
             if pending and (full or sum(b.nbytes for b in pending) + batch.nbytes > SHARD_BYTES):
-                yield self._upload_shard(pending)
+                yield self._upload_shard(pending, young)
                 pending = []
             pending.append(batch)
         if pending:
-            yield self._upload_shard(pending)
+            yield self._upload_shard(pending, young)
 
-    def _upload_shard(self, batches: list[pa.RecordBatch]) -> Shard:
+    def _upload_shard(self, batches: list[pa.RecordBatch], young: set[str]) -> Shard:
         path = self.spool.folder / "shard.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batches[0].schema) as writer:
             for batch in batches:
@@ -348,7 +338,7 @@ class _Draft:
             same = runs and runs[-1][0] == batch.num_rows
             runs[-1:] = [(batch.num_rows, runs[-1][1] + 1)] if same else [*runs[-1:], (batch.num_rows, 1)]
         shard = Shard(file_sha256(path), path.stat().st_size, sum(b.num_rows for b in batches), tuple(runs))
-        if not self.dataset.store.exists(shard.key):
+        if shard.key not in young:
             self.dataset.store.put_file(shard.key, path)
         return shard
 

@@ -16,7 +16,7 @@ from counterfake.errors import ConfigError
 from counterfake.workspace import Workspace
 from jobs import benchmark
 from jobs.benchmark import BenchmarkJob
-from jobs.benchmarks import forensics, gan, harness, loader, process, scratch, serving
+from jobs.benchmarks import forensics, gan, harness, loader, process, scratch, serving, storage
 from jobs.benchmarks.harness import Contestant, ContestantFailed, Spec
 
 
@@ -62,7 +62,15 @@ def _install_all_but_mosaicml(packages: tuple[str, ...], root: Path) -> Path:
 
 
 def test_the_benchmarks_are_presets_of_one_job_and_their_folder_is_none() -> None:
-    assert list(benchmark.PRESETS) == ["loader", "gan", "serving", "forensics"]
+    assert list(benchmark.PRESETS) == [
+        "loader",
+        "storage",
+        "gan",
+        "autoencoder",
+        "serving",
+        "forensics",
+        "growth",
+    ]
     assert "benchmark" in jobs.names()
     assert "benchmarks" not in jobs.names()
 
@@ -180,6 +188,22 @@ def test_the_loader_benchmark_measures_real_batches(workspace: Workspace) -> Non
     assert result["absent"] == {}
     assert min(result["ours"], result["limit"], result["peers"]["torch-image-folder"]) > 0
     assert result["batch"] == [16, 3, 32, 32]
+    assert 0 < result["first_batch_s"] < 60
+    assert len(result["resident_mib"]) == loader.EPOCHS
+
+
+def test_the_storage_benchmark_holds_cold_and_cached_against_local_files_and_plain_requests(
+    workspace: Workspace,
+) -> None:
+    job = BenchmarkJob(
+        name="storage", pictures=64, size=32, batch_size=16, repeats=1, seconds=0.05, peers=("local",)
+    )
+    result = benchmark.run(job, workspace)
+    assert result["absent"] == {}
+    assert set(result["comparisons"]) == set(storage.COMPARISONS)
+    assert result["comparisons"]["warm_to_local"] is None, "not asked for"
+    assert result["comparisons"]["cold_to_ranged_get"] > 0
+    assert result["comparisons"]["cold_to_slower_of_decoding_and_get"] > 0
 
 
 def test_our_gan_step_and_the_plain_one_lose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import threading
@@ -314,7 +315,74 @@ def test_it_reads_from_s3_through_the_cache(s3, tmp_path: Path) -> None:
     write(local, pictures(60), rows_per_shard=12, rows_per_batch=4)
     there = [b.ids for b in Loader(config(uri), cache=tmp_path / "cache").batches(epochs=2)]
     assert there == [b.ids for b in Loader(config(local)).batches(epochs=2)]
-    assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 5
+    balanced = [
+        b.ids for b in Loader(config(uri, balance="fake"), cache=tmp_path / "cache").batches(epochs=2)
+    ]
+    assert balanced == [b.ids for b in Loader(config(local, balance="fake")).batches(epochs=2)]
+    cached = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len([p for p in cached if p.parent.name != "labels"]) == 5
+
+
+# -- balance --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", ["fake", "maker", "class"])
+def test_a_balanced_batch_is_the_same_for_every_world_size(faces: str, balance: str) -> None:
+    options = config(faces, batch_size=12, lanes=4, balance=balance)
+    reference = [batch.ids for batch in Loader(options).batches(epochs=2)]
+    for world in (2, 4):
+        ranks = [Loader(options, rank=rank, world=world).batches(epochs=2) for rank in range(world)]
+        assert [[i for batch in parts for i in batch.ids] for parts in zip(*ranks, strict=True)] == reference
+    resumed = Loader(options).batches(start_step=len(reference) - 3, epochs=2)
+    assert [batch.ids for batch in resumed] == reference[-3:]
+
+
+def test_balance_gives_every_label_its_share_on_every_rank(faces: str) -> None:
+    """A third of the rows has no label and is left out; fakes and reals are equally many in each rank's part."""
+    loaders = [Loader(config(faces, balance="fake"), rank=rank, world=2) for rank in range(2)]
+    assert loaders[0].rows == 66
+    for loader in loaders:
+        for batch in loader.batches(epochs=3):
+            assert sorted(batch.fake.tolist()) == [0, 0, 1, 1]
+
+
+def test_a_small_maker_comes_as_often_as_a_large_one(tmp_path: Path) -> None:
+    uri = (tmp_path / "uneven").as_uri()
+    rows = [dataclasses.replace(s, maker="rare@1" if n < 5 else "camera") for n, s in enumerate(pictures(50))]
+    write(uri, rows, rows_per_shard=20, rows_per_batch=6)
+    loader = Loader(config(uri, balance="maker"))
+    seen = Counter(i for batch in loader.batches(epochs=5) for i in batch.ids)
+    steps = 5 * loader.steps_per_epoch
+    assert sum(seen.values()) == 8 * steps
+    rare = [seen[row.id] for row in rows[:5]]
+    assert sum(rare) == 4 * steps
+    assert max(rare) - min(rare) <= 1
+    common = [seen[row.id] for row in rows[5:]]
+    assert max(common) - min(common) <= 1
+
+
+def test_balance_and_where_work_together(faces: str) -> None:
+    loader = Loader(config(faces, balance="maker", where={"fake": [0, 1], "identity": ["p1", "p2", None]}))
+    kept = {s.id for s in Dataset.open(faces).samples(None, "train") if s.fake is not None}
+    assert all(i in kept for batch in loader.batches(epochs=2) for i in batch.ids)
+
+
+def test_labels_are_read_from_the_shards_once(
+    faces: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config(faces, balance="maker", where={"fake": [0, 1]})
+    first = Loader(options, cache=tmp_path)
+    monkeypatch.setattr(Dataset, "reader", lambda *_: pytest.fail("a shard was opened"))
+    second = Loader(options, cache=tmp_path)
+    np.testing.assert_array_equal(first.plan(3), second.plan(3))
+
+
+def test_a_broken_label_cache_is_read_again(faces: str, tmp_path: Path) -> None:
+    options = config(faces, balance="fake")
+    expected = Loader(options, cache=tmp_path).plan(0)
+    for path, content in zip((tmp_path / "labels").iterdir(), (b"", b"junk"), strict=False):
+        path.write_bytes(content)
+    np.testing.assert_array_equal(Loader(options, cache=tmp_path).plan(0), expected)
 
 
 # -- what goes wrong ------------------------------------------------------------------------------------------------
@@ -352,6 +420,10 @@ def test_the_advice_on_workers_works(faces: str) -> None:
     [
         ({"batch_size": 128}, "100 rows, fewer than data.batch_size=128"),
         ({"where": {"identity": "nobody"}}, "no rows where"),
+        (
+            {"where": {"maker": "camera"}, "balance": "maker"},
+            "1 values of maker where .*, nothing to balance",
+        ),
         ({"split": "dev"}, "no split 'dev'; it has train"),
     ],
 )

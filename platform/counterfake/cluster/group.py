@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -12,31 +14,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from counterfake import dist, errors
+from counterfake import checkpoint, dist, errors
 from counterfake.cluster import session
 from counterfake.cluster.worker import Order, Progress, work
 from counterfake.errors import (
     CheckpointError,
     ClusterError,
+    CollapseError,
     ConfigError,
     CounterfakeError,
     NonFiniteError,
+    NotFoundError,
     TrackingError,
     TrainingError,
 )
 from counterfake.loop import Tick, TrainJob
-from counterfake.storage import open_store
+from counterfake.storage import Store, open_store
+
+logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # restarts of the worker group before a run gives up
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's list of a run's checkpoints
 COLLECTIVE_SECONDS = 120  # a rank that hangs in an all-reduce; the group is then restarted
 # The same after a restart: on every rank alike, or on rank 0 after its last report.
-HOPELESS = (ConfigError, CheckpointError, NonFiniteError, TrackingError)
+HOPELESS = (ConfigError, CheckpointError, NonFiniteError, CollapseError, TrackingError)
 
 
 def run_on_ray(order: Order, on_progress: Progress | None, callbacks: Sequence[Any]) -> dict[str, Any]:
     """Train on `order.job.workers` Ray workers -> rank 0's figures and the URI of the last checkpoint."""
     with session.session(order.workspace):
         _check_resources(order.job)
+        _mend(open_store(f"{order.workspace.training}/{order.name}"))
         with _progress(on_progress) as actor:
             outcome = _fit_trainer(_trainer(order, actor, callbacks))
     summary: dict[str, Any] = outcome.return_value
@@ -52,27 +60,56 @@ def run_on_ray(order: Order, on_progress: Progress | None, callbacks: Sequence[A
 class _RayHost:
     """One Ray Train worker: reports are a barrier of all ranks, checkpoints are uploaded by Ray."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Any, store: Store) -> None:
         self._progress = progress  # actor handle, or None
+        self._store = store  # of the run's folder
+        self._reported = False  # since then Ray knows the newest checkpoint on rank 0 only
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
-        found = ray.train.get_checkpoint()
-        if found is None:
-            yield None
-            return
-        with found.as_directory() as folder:
-            yield Path(folder)
+        found = None if self._reported else ray.train.get_checkpoint()
+        with found.as_directory() if found else _unlisted(self._store) as folder:
+            yield Path(folder) if folder else None
 
     def report(self, tick: Tick, folder: Path | None) -> None:
         import ray.train
 
+        self._reported = True
         last = ray.train.Checkpoint.from_directory(folder) if folder else None
         ray.train.report({**tick.figures, "images_per_second": tick.images_per_second}, checkpoint=last)
         if self._progress is not None and dist.is_main():
             self._progress.put.remote(dataclasses.asdict(tick))
+
+
+def _mend(store: Store) -> None:
+    """Remove Ray's list of checkpoints if it is cut off: Ray 2.60 writes it in place, and a driver killed meanwhile
+    would leave a run that never starts again. The workers then look for the newest checkpoint themselves."""
+    try:
+        json.loads(store.read(SNAPSHOT))
+    except NotFoundError:
+        return
+    except ValueError:
+        logger.warning("%s/%s is cut off; the checkpoints are looked for one by one", store.uri, SNAPSHOT)
+        store.delete(SNAPSHOT)
+
+
+@contextmanager
+def _unlisted(store: Store) -> Iterator[Path | None]:
+    """A copy of the newest checkpoint of a run that is whole, whether Ray knows of it or not; None if there is none."""
+    keys = [entry.key for entry in store.list("checkpoint_") if entry.key.endswith(f"/{checkpoint.STATE}")]
+    for key in sorted(keys, reverse=True):
+        with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
+            folder = store.download(key.rpartition("/")[0], Path(temporary) / "checkpoint")
+            try:
+                checkpoint.load(folder)
+            except CheckpointError as error:
+                logger.warning("a checkpoint is passed over: %s", error)
+                continue
+            yield folder
+            return
+    yield None
 
 
 def _on_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +119,8 @@ def _on_worker(settings: dict[str, Any]) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO)
     progress = ray.get_actor(settings["progress"]) if settings["progress"] else None
     try:
-        return work(Order.from_dict(settings["order"]), _RayHost(progress))
+        order = Order.from_dict(settings["order"])
+        return work(order, _RayHost(progress, open_store(f"{order.workspace.training}/{order.name}")))
     except HOPELESS as error:
         return {"failed": {"kind": type(error).__name__, "message": str(error)}}
 

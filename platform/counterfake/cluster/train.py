@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from counterfake import config
+from counterfake import audit, config
 from counterfake.bundle import read, source_commit
 from counterfake.cluster.group import run_on_ray
 from counterfake.cluster.here import run_here
@@ -45,6 +45,7 @@ class TrainResult:
     seconds: float  # wall time of `fit`, restarts included, of the process that finished the run
     images_per_second: float  # over all steps, without checkpoints and start-up
     registered: str = ""  # "name/version" where job.register_as is set
+    rollbacks: Sequence[dict[str, Any]] = ()  # {step, to_step, lr_factor, reason} of each return to a checkpoint
     reused: bool = False  # the job had been finished before; nothing was trained
 
 
@@ -58,10 +59,11 @@ def fit(
 ) -> TrainResult:
     """Train `job` to its end. `on_progress` sees each tick; `callbacks` are Ray Train's (Tune needs one).
 
-    Raises ConfigError, NotFoundError, ClusterError or TrackingError before anything is trained, TrainingError and
-    its children while it is."""
+    Raises ConfigError, NotFoundError, ClusterError, TrackingError, or DataError for a version whose audit found a leak,
+    before anything is trained, TrainingError and its children while it is."""
     started = time.perf_counter()
     job, dataset = _pin(job, workspace)
+    allowed = _admit(job, workspace)
     # Opening the data refuses what does not fit before anything starts.
     Loader(job.data, world=max(job.workers, 1), cache=workspace.cache)
     name = run_name(job, dataset)
@@ -71,7 +73,7 @@ def fit(
             "%s was finished before; this is its result (another seed, name or setting makes a new run)", name
         )
         return _finish(job, workspace, store, json.loads(store.read("result.json")), reused=True)
-    run = _open_run(job, workspace, store, name, dataset, parent_run)
+    run = _open_run(job, workspace, store, name, dataset, parent_run, allowed)
     order = Order(
         job=job,
         workspace=workspace,
@@ -92,8 +94,11 @@ def fit(
 
 
 def run_name(job: TrainJob, dataset: dict[str, Any]) -> str:
-    """`<job name>-<hash>` of everything that decides the result: all settings and the content of the data."""
-    settings = config.to_dict(dataclasses.replace(job, notes="", register_as=""))
+    """`<job name>-<hash>` of everything that decides the result: all settings and the content of the data.
+
+    How many Ray workers share the work is not part of it: with another number a run goes on where it was, over the same
+    global batches. Ray or this process is: they keep their checkpoints apart."""
+    settings = config.to_dict(dataclasses.replace(job, notes="", register_as="", workers=min(job.workers, 1)))
     return f"{job.name}-{config.digest({'job': settings, 'dataset': dataset})[:12]}"
 
 
@@ -125,8 +130,24 @@ def _pin_data(data: DataConfig, workspace: Workspace) -> tuple[DataConfig, dict[
     return dataclasses.replace(data, uri=f"{base}@{version.number}"), facts
 
 
+def _admit(job: TrainJob, workspace: Workspace) -> list[str]:
+    """Kinds of leaks that the job is allowed to train with. Raises DataError for one that it is not."""
+    uris = [job.data.uri] + ([job.validation.uri] if job.validation is not None else [])
+    found: set[str] = set()
+    for uri in dict.fromkeys(uris):
+        dataset = Dataset.open(uri, cache=workspace.cache)
+        found.update(audit.admit(dataset, dataset.version(), allow_leaks=job.data.allow_leaks))
+    return sorted(found)
+
+
 def _open_run(
-    job: TrainJob, workspace: Workspace, store: Store, name: str, dataset: dict[str, Any], parent: str | None
+    job: TrainJob,
+    workspace: Workspace,
+    store: Store,
+    name: str,
+    dataset: dict[str, Any],
+    parent: str | None,
+    leaks: list[str],
 ) -> Run:
     """The MLflow run of this folder: the one it was begun with, or a new one."""
     tracker = Tracker.at(workspace)
@@ -136,6 +157,7 @@ def _open_run(
             logger.info("%s goes on as MLflow run %s", name, known["run_id"])
             return tracker.resume(known["run_id"])
     tags = {"counterfake.run": name, "counterfake.commit": source_commit() or ""}
+    tags |= {"counterfake.allowed_leaks": ", ".join(leaks)} if leaks else {}
     run = tracker.start(job.task, job.name, parent=parent, tags=tags, params=config.to_dict(job))
     for context, facts in dataset.items():
         run.dataset(facts["uri"], facts["version"], facts["digest"], context)

@@ -5,6 +5,7 @@ gives it the last checkpoint and takes its reports, on a cluster as in one proce
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import socket
@@ -21,8 +22,8 @@ from counterfake import checkpoint, dist, loop
 from counterfake.bundle import Kind, write_nets
 from counterfake.config import from_dict, to_dict
 from counterfake.data import Batch, DataConfig, Loader
-from counterfake.errors import CheckpointError, ConfigError, TrackingError
-from counterfake.learners import Learner, LearnerContext
+from counterfake.errors import CheckpointError, CollapseError, ConfigError, NonFiniteError, TrackingError
+from counterfake.learners import Learner, LearnerContext, Recoverable
 from counterfake.storage import open_store
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
@@ -31,7 +32,14 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[loop.Tick], None]
 
-BUNDLE_KINDS: dict[str, Kind] = {"gan": "generator", "faceswap": "faceswap", "detector": "detector"}
+BUNDLE_KINDS: dict[str, Kind] = {
+    "gan": "generator",
+    "faceswap": "faceswap",
+    "detector": "detector",
+    "autoencoder": "autoencoder",
+    "classifier": "classifier",
+    "next_frame": "next_frame",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +78,7 @@ def work(order: Order, host: Host) -> dict[str, Any]:
     _set_threads(job)
     device = dist.device()
     loader = Loader(job.data, rank=dist.rank(), world=dist.world_size(), cache=order.workspace.cache)
-    dist.seed_build(job.loop.seed)
-    learner = job.learner.build(device=device, context=_context(job, loader))
-    summary = _resume(learner, order, host)
+    learner, summary = _begin(order, host, loader, device)
     if dist.is_main():
         _check_shared(order)
     run = Tracker.at(order.workspace).resume(order.run_id) if dist.is_main() else None
@@ -84,12 +90,13 @@ def work(order: Order, host: Host) -> dict[str, Any]:
         device,
         learner.steps,
     )
-    reporter = _Reporter(order, host, learner, loader, device, run, summary)
     with _closing(run):
-        loop.train(learner, loader, job.loop, reporter.on_tick, start_step=learner.steps, device=device)
+        reporter = _Reporter(order, host, learner, loader, device, run, summary)
+        while not reporter.trained():
+            reporter = _rolled_back(reporter)
         if dist.is_main():
-            _publish_bundle(order, learner, loader)
-    return {**reporter.summary, "weights_digest": checkpoint.weights_digest(learner.state_dict())}
+            _publish_bundle(order, reporter.learner, loader)
+    return {**reporter.summary, "weights_digest": checkpoint.weights_digest(reporter.learner.state_dict())}
 
 
 # -- private --------------------------------------------------------------------------------------------------------
@@ -106,9 +113,23 @@ class _Reporter:
     device: torch.device
     run: Run | None  # of rank 0
     summary: dict[str, Any]  # kept in each checkpoint, so that it survives a restart
+    failure: CollapseError | NonFiniteError | None = None  # why `trained` was False
     _fixed: Batch | None = None
 
+    def trained(self) -> bool:
+        """Train to the end of the job -> whether that went well; `failure` says why not."""
+        settings, start = self.order.job.loop, self.learner.steps
+        try:
+            loop.train(
+                self.learner, self.loader, settings, self.on_tick, start_step=start, device=self.device
+            )
+        except (CollapseError, NonFiniteError) as error:
+            self.failure = error
+        return self.failure is None
+
     def on_tick(self, tick: loop.Tick) -> None:
+        if isinstance(self.learner, Recoverable):
+            self.learner.check()
         if tick.due_checkpoint and self.order.job.validation and dist.is_main():
             found = self.learner.validate(self._held_out(self.order.job.validation))
             tick = dataclasses.replace(
@@ -235,6 +256,35 @@ def _resume(learner: Learner, order: Order, host: Host) -> dict[str, Any]:
     return dict(meta["summary"])
 
 
+def _begin(order: Order, host: Host, loader: Loader, device: torch.device) -> tuple[Learner, dict[str, Any]]:
+    """A learner as the newest checkpoint has it, or as new, and the figures so far."""
+    dist.seed_build(order.job.loop.seed)
+    learner = order.job.learner.build(device=device, context=_context(order.job, loader))
+    return learner, _resume(learner, order, host)
+
+
+def _rolled_back(reporter: _Reporter) -> _Reporter:
+    """The run at its last good checkpoint again, slower. Raises what went wrong if the learner cannot or may not.
+
+    Every rank failed at the same tick: what `loop` and `Recoverable.check` judge is alike on all of them."""
+    failed, error = reporter.learner, reporter.failure
+    assert error is not None, "nothing went wrong"
+    before = list(reporter.summary.get("rollbacks", []))
+    if not isinstance(failed, Recoverable) or len(before) >= failed.max_rollbacks:
+        raise error
+    learner, summary = _begin(reporter.order, reporter.host, reporter.loader, reporter.device)
+    assert isinstance(learner, Recoverable), "the same learner as before"
+    factor = learner.slow_down(len(before) + 1)
+    event = {"step": failed.steps, "to_step": learner.steps, "lr_factor": factor, "reason": str(error)}
+    logger.warning(
+        "went back from step %(step)d to %(to_step)d, learning rate × %(lr_factor)g: %(reason)s", event
+    )
+    summary["rollbacks"] = [*before, event]
+    if reporter.run:
+        reporter.run.tags({"rollbacks": json.dumps(summary["rollbacks"])})
+    return dataclasses.replace(reporter, learner=learner, summary=summary, failure=None)
+
+
 def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
     """The exported networks as a bundle under the run's folder on storage; `bundle.json` is written last."""
     job = order.job
@@ -246,6 +296,8 @@ def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
         "identities": list(loader.identities),
         "job": to_dict(job),
     }
+    if job.purpose:  # research data went in: neither the model nor its pictures may leave
+        provenance |= {"purpose": job.purpose, "export": False}
     with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
         folder = Path(temporary) / "bundle"
         write_nets(
