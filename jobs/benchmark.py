@@ -4,6 +4,7 @@
     counterfake run benchmark storage --json     the same batches from S3 over HTTP, cold and cached; 3 min
     counterfake run benchmark gan --json         the article's DCGAN step, against plain torch and TensorFlow; 4 min
     counterfake run benchmark autoencoder --json the article's autoencoder at batch 32, against plain torch and Keras fit
+    counterfake run benchmark swap --json        the face swap of 2017, against its step in plain torch; 5 min
     counterfake run benchmark serving --json     MobileNetV2 in a bundle, against eager torch, ONNX Runtime, OpenVINO; 2 min
     counterfake run benchmark forensics --json   Benford features, against a loop over coefficients with curve_fit; 1 min
     counterfake run benchmark growth             seconds and memory of a dataset of 10^4 to 10^7 rows; no peers
@@ -36,7 +37,7 @@ from jobs.console import Console
 class BenchmarkJob:
     """One benchmark: on what, for how long, against whom."""
 
-    name: Literal["loader", "storage", "gan", "autoencoder", "serving", "forensics", "growth"]
+    name: Literal["loader", "storage", "gan", "swap", "autoencoder", "serving", "forensics", "growth"]
     pictures: int  # of the input
     size: int  # side of a picture, pixels
     batch_size: int  # pictures per batch, step or call
@@ -44,8 +45,8 @@ class BenchmarkJob:
     repeats: int = 3  # turns of each contestant
     seconds: float = 5.0  # measured in each turn, after the warm-up
     peers: tuple[str, ...] = ()  # whom to measure against; empty = all
-    precision: Literal["fp32", "bf16"] = "fp32"  # gan: of ours
-    matmul: Literal["highest", "high", "medium"] = "highest"  # gan: of ours, as in loop.matmul
+    precision: Literal["fp32", "bf16"] = "fp32"  # gan, swap: of ours
+    matmul: Literal["highest", "high", "medium"] = "highest"  # gan, swap: of ours, as in loop.matmul
 
     def __post_init__(self) -> None:
         for name in ("pictures", "size", "batch_size", "threads", "repeats"):
@@ -219,6 +220,13 @@ def autoencoder() -> BenchmarkJob:
     return BenchmarkJob(name="autoencoder", pictures=1536, size=28, batch_size=32, seconds=4)
 
 
+def swap() -> BenchmarkJob:
+    """Training steps of swap-shared in full, ours in bf16; `--set precision=fp32 --set matmul=highest` for the original's."""
+    return BenchmarkJob(
+        name="swap", pictures=64, size=64, batch_size=32, seconds=10, precision="bf16", matmul="medium"
+    )
+
+
 def serving() -> BenchmarkJob:
     """Decoded pictures through MobileNetV2, in batches of 8 and one by one."""
     return BenchmarkJob(name="serving", pictures=8, size=224, batch_size=8, seconds=4)
@@ -238,6 +246,7 @@ PRESETS: dict[str, Callable[[], BenchmarkJob]] = {
     "loader": loader,
     "storage": storage,
     "gan": gan,
+    "swap": swap,
     "autoencoder": autoencoder,
     "serving": serving,
     "forensics": forensics,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share two cor
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="run the promises at their full figures too: minutes"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a promise at its full figure; runs with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="the full figure of a promise: pytest --full"))
 
 
 @pytest.fixture(scope="session")
@@ -64,21 +85,82 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """A fresh bucket, with the environment that boto3 and pyarrow read."""
+    """A fresh bucket on moto, with the environment that boto3 and pyarrow read."""
+    return _bucket(s3_endpoint, "test", "test", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def swift_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """OpenStack Swift, a real S3 server, started by a script beside the checkout that a user's machine may not have."""
+    default = ROOT.parent / "shared" / "tools" / "swift-s3"
+    script = Path(os.environ.get("COUNTERFAKE_TEST_SWIFT", default))
+    if not script.is_file():
+        pytest.skip(f"no S3 server to start at {script}; set COUNTERFAKE_TEST_SWIFT to a script that does")
+    if os.geteuid() != 0:
+        pytest.skip("Swift writes to /etc/swift, which needs root")
+    folder, port = (
+        Path("/var/tmp/counterfake-test-swift"),
+        _five_free_ports(),
+    )  # its install is kept between runs
+    command = [str(script), str(folder), str(port)]
+    started = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()] if (folder / "pids").exists() else []
+    try:
+        if started.returncode or '"swift"' not in started.stdout:
+            pytest.skip(f"Swift did not start: {(started.stderr.strip() or 'no answer').splitlines()[-1]}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
+@pytest.fixture
+def swift(swift_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """A fresh bucket on Swift."""
+    return _bucket(swift_endpoint, "test:tester", "testing", monkeypatch)
+
+
+@pytest.fixture
+def faulty_s3(s3: S3) -> Iterator[Callable[..., Any]]:
+    """`faulty_s3(fault)` -> a FaultProxy in front of this test's bucket on moto, with `fault(number, method, path)`."""
+    from tests.chaos.proxy import FaultProxy
+
+    with ExitStack() as stack:
+        yield lambda fault, **options: stack.enter_context(FaultProxy(s3.endpoint, fault, **options))
+
+
+def _bucket(endpoint: str, key: str, secret: str, monkeypatch: pytest.MonkeyPatch) -> S3:
     import boto3
+    from botocore.config import Config
 
     for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
-    return S3(f"s3://{bucket}", s3_endpoint)
+    style = Config(s3={"addressing_style": "path"})
+    session = boto3.session.Session()  # the default one keeps the credentials of an earlier test
+    session.client("s3", endpoint_url=endpoint, config=style).create_bucket(Bucket=bucket)
+    return S3(f"s3://{bucket}", endpoint)
+
+
+def _five_free_ports() -> int:
+    """The first of five neighbouring ports that nobody uses."""
+    while True:
+        first = free_port()
+        try:
+            with ExitStack() as stack:
+                for port in range(first, first + 5):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+        except (OSError, OverflowError):
+            continue
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,10 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
+import io
+import itertools
 import os
 import re
 import shutil
@@ -41,9 +44,12 @@ T = TypeVar("T")
 DEADLINE_SECONDS = 120.0  # of one call, retries and waits included
 ATTEMPTS = 8  # about 10 s of waiting at most before an endpoint that refuses is given up
 STALL_SECONDS = 8.0  # a socket silent for so long is given up and the request made again
+FIRST_STALL_SECONDS = (0.25, 0.5, 1.0, 2.0)  # of a read's first attempt; the server's usual pace chooses
+RACES = 8  # of the probe; Swift 2.38 was found out by 8 of 10 single races
 PART_BYTES = 16 << 20  # of multipart uploads and ranged downloads; each part has its own deadline
 CHUNK_BYTES = 1 << 20
 _TEMPORARY = ".tmp-"  # prefix of file names that are not objects yet
+_PROBE = "probe-"  # prefix of the probe's keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +68,20 @@ class Capabilities:
     conditional_writes: (
         bool  # put-if-absent is refused for a key that exists, also to writers at the same moment
     )
-    checksums: bool  # an upload whose Content-MD5 does not fit is refused
+    checksums: (
+        bool  # an upload whose Content-MD5 does not fit is refused; without it our own SHA-256 finds it
+    )
+    faithful: (
+        bool  # bytes come back as they were written, and so does the SHA-256 kept as metadata beside them
+    )
 
     def require(self, uri: str) -> None:
-        """Raises StorageError where versions could overwrite each other."""
+        """Raises StorageError where versions could overwrite each other or come back altered."""
+        if not self.faithful:
+            raise StorageError(
+                f"{uri} does not give back what was written (bytes, or the metadata that holds their SHA-256); "
+                f"use another server, or look for a proxy or gateway in between that alters objects"
+            )
         if not self.conditional_writes:
             raise StorageError(
                 f"{uri} does not keep conditional writes (If-None-Match: *), so two writers could overwrite each other's "
@@ -133,6 +149,21 @@ class Store(abc.ABC):
     def fetch(self, key: str, *, sha256: str, cache: Path) -> Path:
         """A local file with exactly these bytes: the object's own file, or a verified copy in `cache` by digest."""
 
+    def abort_stale_uploads(self, older_than_s: float) -> int:
+        """Remove what killed writers left, if begun so long ago -> how many.
+
+        Multipart uploads on S3, temporary files on a file system, and objects of `probe`. No other object is touched.
+        """
+        before = time.time() - older_than_s
+        left = [entry.key for entry in self.list(_PROBE) if entry.modified < before]
+        for key in left:
+            self.delete(key)
+        return len(left) + self._abort_uploads(before)
+
+    @abc.abstractmethod
+    def _abort_uploads(self, before: float) -> int:
+        """The uploads begun before this time (seconds since 1970) -> how many there were."""
+
     @abc.abstractmethod
     def filesystem(self) -> tuple[Any, str]:
         """(pyarrow.fs.FileSystem, root path on it), for bulk reads and Ray."""
@@ -175,33 +206,70 @@ class Store(abc.ABC):
     def _probe_checksums(self, key: str) -> bool:
         return True
 
+    def _recorded(self, key: str) -> str | None:
+        """The SHA-256 kept beside the object, where the store keeps one."""
+        return None
 
-_PROBED: dict[tuple[str, str | None], Capabilities] = {}
+
+class _EmptyError(StorageError):
+    """A range was asked for that begins after the object's last byte."""
+
+
+class _UnsupportedError(StorageError):
+    """The server knows the request but does not implement it."""
+
+
+_PROBED: dict[tuple[str, str | None], Capabilities] = {}  # of a bucket at an endpoint
 
 
 def probe(store: Store) -> Capabilities:
-    """Try what the store can do with two small objects, which are removed again. Remembered for this process."""
-    where = (store.uri, getattr(store, "_endpoint", None))
+    """Try what the store can do with a few small objects, which are removed again. Remembered for this process.
+
+    Raises StorageError for a store that does not answer or refuses to write.
+    """
+    where = (getattr(store, "bucket", store.uri), getattr(store, "_endpoint", None))
     if where not in _PROBED:
-        key = f"probe-{uuid.uuid4().hex}"
-        store.put_if_absent(
-            f"{key}-first", b""
-        )  # a store that does not answer is found out by one call, not by eight
-        store.delete(f"{key}-first")
+        key = f"{_PROBE}{uuid.uuid4().hex}"
+        # first: a store that does not answer is found out by one call, not by eight at once
+        store.put(f"{key}-bytes", _EVERY_BYTE)
         try:
-            conditional = _one_wins(store, key)
-            checksums = store._probe_checksums(f"{key}-md5")
+            faithful = _gives_back(store, f"{key}-bytes")
+            conditional = faithful and all(_one_wins(store, f"{key}-{race}") for race in range(RACES))
+            checksums = faithful and store._probe_checksums(f"{key}-md5")
         finally:
-            store.delete(key)
-        _PROBED[where] = Capabilities(conditional_writes=conditional, checksums=checksums)
+            with contextlib.suppress(StorageError):  # the first error is the one to tell
+                for entry in store.list(key):
+                    store.delete(entry.key)
+        _PROBED[where] = Capabilities(conditional_writes=conditional, checksums=checksums, faithful=faithful)
     return _PROBED[where]
 
 
+_EVERY_BYTE = bytes(range(256))
+
+
+def _gives_back(store: Store, key: str) -> bool:
+    try:
+        found = store.read(key)
+    except CorruptError:
+        return False
+    return found == _EVERY_BYTE and store._recorded(key) in (None, hashlib.sha256(_EVERY_BYTE).hexdigest())
+
+
 def _one_wins(store: Store, key: str) -> bool:
-    """Of eight writers at once, and one more later. Swift 2.38 refuses the later one but lets two of the eight win."""
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda writer: store.put_if_absent(key, b"writer %d" % writer), range(8)))
-    later = store.put_if_absent(key, b"later")
+    """Of eight writers at the same moment, and one more later. A server that looks first and then writes may refuse the
+    later one and still let several of the eight win."""
+    start = threading.Barrier(8, timeout=60)
+
+    def write(writer: int) -> bool:
+        start.wait()
+        return store.put_if_absent(key, b"writer %d" % writer)
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(write, range(8)))
+        later = store.put_if_absent(key, b"later")
+    except _UnsupportedError:
+        return False
     return sum(won) == 1 and not later and store.read(key) == b"writer %d" % won.index(True)
 
 
@@ -221,21 +289,28 @@ def file_sha256(path: Path) -> str:
 
 
 _VERIFIED: set[tuple[str, int, int, int, str]] = set()
+_TICK_NS = 50_000_000  # a change within the clock tick of the last one leaves a file's time as it was
 
 
 def verify_file(path: Path, sha256: str, name: str = "") -> Path:
     """`path`, after its bytes were hashed once in this process. Raises CorruptError naming the object."""
-    status = path.stat()
-    seen = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, sha256)
+    seen = _identity(path, sha256)
     if seen not in _VERIFIED:
+        began = time.time_ns()
         found = file_sha256(path)
         if found != sha256:
             raise CorruptError(
                 f"{name or path} has SHA-256 {found[:16]}… but was written as {sha256[:16]}…; "
                 f"its bytes were altered: restore it from a copy, or delete it and write the version again"
             )
-        _VERIFIED.add(seen)
+        if began - seen[3] > _TICK_NS:
+            _VERIFIED.add(seen)
     return path
+
+
+def _identity(path: Path, sha256: str) -> tuple[str, int, int, int, str]:
+    status = path.stat()
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns, sha256
 
 
 # -- file:// --------------------------------------------------------------------------------------------------------
@@ -268,7 +343,9 @@ class _FileStore(Store):
     def list(self, prefix: str = "") -> list[Entry]:
         top = self.path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
         entries = []
-        for folder, _, names in os.walk(top):
+        for folder, folders, names in os.walk(top):
+            above = "" if Path(folder) == self.root else f"{Path(folder).relative_to(self.root).as_posix()}/"
+            folders[:] = [name for name in folders if _meet(f"{above}{name}/", prefix)]
             for name in names:
                 key = Path(folder, name).relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(_TEMPORARY):
@@ -307,6 +384,16 @@ class _FileStore(Store):
         with self._errors(key):
             return verify_file(self.path(key), sha256, f"{self.uri}/{key}")
 
+    def _abort_uploads(self, before: float) -> int:
+        removed = 0
+        for folder, _, names in os.walk(self.root):
+            for path in (Path(folder, name) for name in names if name.startswith(_TEMPORARY)):
+                with contextlib.suppress(FileNotFoundError):  # finished since
+                    if path.stat().st_mtime < before:
+                        path.unlink()
+                        removed += 1
+        return removed
+
     def filesystem(self) -> tuple[Any, str]:
         import pyarrow.fs
 
@@ -329,6 +416,11 @@ class _FileStore(Store):
             raise StorageError(
                 f"{self.uri}/{key}: {error.strerror}; check the disk of {self.root}"
             ) from error
+
+
+def _meet(folder: str, prefix: str) -> bool:
+    """May the folder hold keys that start with the prefix."""
+    return folder.startswith(prefix) or prefix.startswith(folder)
 
 
 def _inside(root: Path, key: str) -> Path:
@@ -393,6 +485,17 @@ def _check(name: str, data: bytes, sha256: str | None) -> None:
 class _Again(Exception):
     """A failure worth another attempt; the message is its short reason."""
 
+    busy = False  # the server asks for time
+
+
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.1, max=5)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before another attempt: none after the first failure, unless the server is busy."""
+    error = state.outcome.exception() if state.outcome else None
+    return 0.0 if state.attempt_number == 1 and not getattr(error, "busy", True) else _BACKOFF(state)
+
 
 class _S3Store(Store):
     def __init__(self, uri: str, bucket: str, prefix: str, endpoint: str | None, deadline_s: float) -> None:
@@ -401,7 +504,9 @@ class _S3Store(Store):
         self.deadline_s = deadline_s
         self._endpoint = endpoint
         self._lock = threading.Lock()
-        self._made: Any = None
+        self._stall = min(STALL_SECONDS, deadline_s / 4)
+        self._patience = _Patience()
+        self._clients: dict[float, Any] = {}  # by how long they bear silence
         self._fetching: dict[str, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -416,19 +521,22 @@ class _S3Store(Store):
 
     @property
     def client(self) -> Any:
+        return self._client(self._stall)
+
+    def _client(self, stall_s: float) -> Any:
         with self._lock:
-            if self._made is None:
-                self._made = _client(self._endpoint, min(STALL_SECONDS, self.deadline_s))
-            return self._made
+            if stall_s not in self._clients:
+                self._clients[stall_s] = _client(self._endpoint, stall_s)
+            return self._clients[stall_s]
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
-        return self._call("read", key, lambda deadline: self._get(key, deadline, sha256))
+        return self._read(key, sha256)[0]
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if length <= 0:
             return b""
         span = f"bytes={start}-{start + length - 1}"
-        return self._call("read", key, lambda deadline: self._get(key, deadline, None, Range=span))
+        return self._read(key, None, Range=span)[0]
 
     def exists(self, key: str) -> bool:
         return self._head(key) is not None
@@ -447,16 +555,16 @@ class _S3Store(Store):
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def put(self, key: str, data: bytes) -> None:
-        self._request("write", key, "put_object", **self._object(key, data))
+        self._call("write", key, lambda deadline: self._put(key, data, deadline))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         attempts = 0
 
-        def attempt(_: float) -> bool:
+        def attempt(deadline: float) -> bool:
             nonlocal attempts
             attempts += 1
             try:
-                self.client.put_object(**self._object(key, data), IfNoneMatch="*")
+                self._put(key, data, deadline, IfNoneMatch="*")
             except Exception as error:
                 if _status(error) != 412:
                     raise
@@ -480,13 +588,35 @@ class _S3Store(Store):
         with self._lock:
             lock = self._fetching.setdefault(sha256, threading.Lock())
         with lock:  # one download for all threads; between processes the rename decides
-            if path.exists():
-                with contextlib.suppress(CorruptError):
-                    return verify_file(path, sha256)
-            with _staged(path) as staging:
-                self._fetch_verified(key, staging, sha256)
-                os.replace(staging, path)
-        return verify_file(path, sha256, f"{self.uri}/{key}")
+            if not _is_verified(path, sha256):
+                with _staged(path) as staging:
+                    self._fetch_verified(key, staging, sha256)
+                    os.replace(staging, path)
+                _VERIFIED.add(_identity(path, sha256))
+            with self._lock:
+                self._fetching.pop(sha256, None)
+        return path
+
+    def _abort_uploads(self, before: float) -> int:
+        removed = 0
+        for upload in list(self._uploads()):
+            if upload["Initiated"].timestamp() < before:
+                target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                with contextlib.suppress(NotFoundError):  # finished since
+                    self._request("abort the upload of", upload["Key"], "abort_multipart_upload", **target)
+                    removed += 1
+        return removed
+
+    def _uploads(self) -> Iterator[dict[str, Any]]:
+        """Every multipart upload under way."""
+        token: dict[str, str] = {}
+        while True:
+            request = {"Bucket": self.bucket, "Prefix": self.prefix, **token}
+            page = self._request("list the uploads of", "", "list_multipart_uploads", **request)
+            yield from page.get("Uploads", [])
+            if not page.get("IsTruncated"):
+                return
+            token = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def filesystem(self) -> tuple[Any, str]:
         import pyarrow.fs
@@ -500,16 +630,13 @@ class _S3Store(Store):
 
     def _save(self, entry: Entry, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(3):
-            recorded = self._copy(entry.key, path)
-            if recorded is None or recorded == file_sha256(path):
-                return
-            time.sleep(0.1 * 2**attempt)
-        raise CorruptError(
-            f"{self.uri}/{entry.key} arrived altered three times; check the network and the store"
-        )
+        self._fetch_verified(entry.key, path, None)
+
+    def _recorded(self, key: str) -> str | None:
+        return str(((self._head(key) or {}).get("Metadata") or {}).get("sha256", ""))
 
     def _probe_checksums(self, key: str) -> bool:
+        """One attempt: a server that refuses may call it a transient fault (BadDigest)."""
         wrong = self._object(key, b"bytes") | {"ContentMD5": _md5(b"other bytes")}
         try:
             self.client.put_object(**wrong)
@@ -517,8 +644,11 @@ class _S3Store(Store):
             if _status(error) == 400:
                 return True
             raise _final(error, f"write {self.uri}/{key}") from error
-        self.delete(key)
         return False
+
+    def _put(self, key: str, data: bytes, deadline: float, **extra: str) -> None:
+        request = self._object(key, data) | {"Body": _body(data, deadline - self._stall)}
+        self.client.put_object(**request, **extra)
 
     def _object(self, key: str, data: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
@@ -537,34 +667,34 @@ class _S3Store(Store):
 
         return self._call("look up", key, attempt)
 
-    def _get(self, key: str, deadline: float, sha256: str | None, **extra: str) -> bytes:
-        answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key, **extra)
-        expected = int(answer["ContentLength"])
-        data = bytearray()
+    def _read(self, key: str, sha256: str | None, **extra: str) -> tuple[bytes, dict[str, Any]]:
+        """(body, answer) of a GET. The first attempt is impatient: a stalled read is cheaper to repeat than to wait for."""
+        stalls = itertools.chain([min(self._patience.seconds(), self._stall)], itertools.repeat(self._stall))
+        return self._call(
+            "read", key, lambda deadline: self._get(key, deadline, next(stalls), sha256, **extra)
+        )
+
+    def _get(
+        self, key: str, deadline: float, stall_s: float, sha256: str | None, **extra: str
+    ) -> tuple[bytes, dict[str, Any]]:
+        client, began = self._client(stall_s), time.monotonic()
+        answer = client.get_object(Bucket=self.bucket, Key=self.prefix + key, **extra)
+        self._patience.learn(time.monotonic() - began)
         with contextlib.closing(answer["Body"]) as body:
-            # read1 returns what one recv gave, so that a server that drips bytes cannot outlive the deadline
-            raw = getattr(body, "_raw_stream", body)
-            read = getattr(raw, "read1", raw.read)
-            while len(data) < expected:
-                if time.monotonic() > deadline:
-                    raise _Again(f"stalled after {len(data)} of {expected} bytes")
-                chunk = read(CHUNK_BYTES)
-                if not chunk:
-                    raise _Again(f"body ended after {len(data)} of {expected} bytes")
-                data += chunk
+            data = _drain(body, int(answer["ContentLength"]), deadline - stall_s)
         recorded = None if "Range" in extra else answer.get("Metadata", {}).get("sha256")
         expected_digests = {digest for digest in (sha256, recorded) if digest}
         if expected_digests and {found := hashlib.sha256(data).hexdigest()} != expected_digests:
             raise _Again(f"SHA-256 is {found[:16]}… instead of {min(expected_digests)[:16]}…")
-        return bytes(data)
+        return data, answer
 
     def _copy(self, key: str, path: Path) -> str | None:
         """Download in ranges, each with its own deadline; the SHA-256 recorded with the object, if any."""
-        head = self._head(key)
-        if head is None:
-            raise NotFoundError(f"{self.uri}/{key} does not exist")
-        size = int(head["ContentLength"])
+        first, answer = self._first_part(key)
+        size = int(answer.get("ContentRange", f"/{len(first)}").rpartition("/")[2])
         with self._disk(path), open(path, "wb") as file, ThreadPoolExecutor(4) as pool:
+            file.write(first)
+            file.flush()
 
             def part(start: int) -> None:
                 data = self.read_range(key, start, min(PART_BYTES, size - start))
@@ -572,9 +702,16 @@ class _S3Store(Store):
                     raise StorageError(f"{self.uri}/{key} changed while it was read; run again")
                 os.pwrite(file.fileno(), data, start)
 
-            list(pool.map(part, range(0, size, PART_BYTES)))
-        recorded: str | None = head.get("Metadata", {}).get("sha256")
+            list(pool.map(part, range(len(first), size, PART_BYTES)))
+        recorded: str | None = answer.get("Metadata", {}).get("sha256")
         return recorded
+
+    def _first_part(self, key: str) -> tuple[bytes, dict[str, Any]]:
+        """(bytes, answer): its Content-Range tells the size, which saves a request to ask for it."""
+        try:
+            return self._read(key, None, Range=f"bytes=0-{PART_BYTES - 1}")
+        except _EmptyError:
+            return self._read(key, None)
 
     @contextlib.contextmanager
     def _disk(self, path: Path) -> Iterator[None]:
@@ -587,14 +724,19 @@ class _S3Store(Store):
                 f"cannot write {path}: {error.strerror}; free some disk space or move the cache"
             ) from error
 
-    def _fetch_verified(self, key: str, path: Path, sha256: str) -> None:
-        for attempt in range(3):
-            self._copy(key, path)
-            if file_sha256(path) == sha256:
+    def _fetch_verified(self, key: str, path: Path, sha256: str | None) -> None:
+        """Download until the digest fits (the recorded one if none is given). Raises CorruptError."""
+        wrong: set[str] = set()
+        for _ in range(ATTEMPTS):
+            recorded = self._copy(key, path)
+            expected, found = sha256 or recorded, file_sha256(path)
+            if expected in (None, found):
                 return
-            time.sleep(0.1 * 2**attempt)
+            if found in wrong:  # the same wrong bytes again: altered where they are stored, not on the way
+                break
+            wrong.add(found)
         raise CorruptError(
-            f"{self.uri}/{key} does not have SHA-256 {sha256[:16]}… after three downloads; "
+            f"{self.uri}/{key} has SHA-256 {found[:16]}… but was written as {str(expected)[:16]}…; "
             f"restore it from a copy, or delete it and write the version again"
         )
 
@@ -607,14 +749,18 @@ class _S3Store(Store):
             parts = []
             with open(path, "rb") as file:
                 for number, data in enumerate(iter(lambda: file.read(PART_BYTES), b""), start=1):
-                    part = {**upload, "PartNumber": number, "Body": data, "ContentMD5": _md5(data)}
-                    answer = self._request("write", key, "upload_part", **part)
-                    parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+                    etag = self._call("write", key, functools.partial(self._put_part, upload, number, data))
+                    parts.append({"PartNumber": number, "ETag": etag})
             self._complete(key, upload, parts, digest["sha256"])
         except BaseException:
             with contextlib.suppress(Exception):
                 self.client.abort_multipart_upload(**upload)
             raise
+
+    def _put_part(self, upload: dict[str, Any], number: int, data: bytes, deadline: float) -> str:
+        body = _body(data, deadline - self._stall)
+        answer = self.client.upload_part(**upload, PartNumber=number, Body=body, ContentMD5=_md5(data))
+        return str(answer["ETag"])
 
     def _complete(
         self, key: str, upload: dict[str, Any], parts: Sequence[dict[str, Any]], sha256: str
@@ -632,12 +778,15 @@ class _S3Store(Store):
         return self._call(verb, key, lambda _: getattr(self.client, operation)(**arguments))
 
     def _call(self, verb: str, key: str, attempt: Callable[[float], T]) -> T:
-        """Run `attempt(deadline)` until it works, gives a final error, or the attempts or the time are used up."""
+        """Run `attempt(deadline)` until it works, gives a final error, or the attempts or the time are used up.
+
+        None begins so late that a connection and an answer which both stall would end after the deadline.
+        """
         what = f"{verb} {self.uri}/{key}"
-        start = time.monotonic()
+        start, last = time.monotonic(), self.deadline_s - 2 * self._stall
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(self.deadline_s),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(last),
+            wait=_pause,
             retry=tenacity.retry_if_exception_type(_Again),
             reraise=True,
         )
@@ -653,15 +802,81 @@ class _S3Store(Store):
             raise
         except Exception as error:
             if _is_transient(error):
-                raise _Again(_reason(error)) from error
+                again = _Again(_reason(error))
+                again.busy = _status(error) is not None  # it did answer
+                raise again from error
             raise _final(error, what) from error
+
+
+class _Patience:
+    """How long the first attempt of a read bears silence: eight times what this server usually needs for an answer.
+
+    An epoch in order waits for each stalled request, so two seconds for every hundredth of a few milliseconds would make
+    it many times as long. Later attempts have STALL_SECONDS, and teach it where the server has become slow.
+    """
+
+    def __init__(self) -> None:
+        self._usual_s, self._answers = 0.0, 0
+
+    def learn(self, seconds: float) -> None:
+        """A moving average; threads may lose one of the other's answers, which does no harm."""
+        weight = 0.1 if self._answers else 1.0
+        self._usual_s += weight * (seconds - self._usual_s)
+        self._answers += 1
+
+    def seconds(self) -> float:
+        wanted = 8 * self._usual_s if self._answers >= 16 else FIRST_STALL_SECONDS[-1]
+        return next((step for step in FIRST_STALL_SECONDS if step >= wanted), FIRST_STALL_SECONDS[-1])
+
+
+def _is_verified(path: Path, sha256: str) -> bool:
+    """A whole file of ours; a damaged one is downloaded again."""
+    try:
+        verify_file(path, sha256)
+    except (FileNotFoundError, CorruptError):
+        return False
+    return True
+
+
+class _Body(io.BytesIO):
+    """An upload that stops at the deadline. A socket's own time-out is for all of a bytes object, but for each block of a file."""
+
+    def __init__(self, data: bytes, deadline: float) -> None:
+        super().__init__(data)
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self._deadline:
+            raise _Again(f"the upload stalled after {self.tell()} bytes")
+        return super().read(size)
+
+
+def _body(data: bytes, deadline: float) -> bytes | _Body:
+    """Small bodies go out at once: for a file the client would first ask the server to continue."""
+    return data if len(data) <= CHUNK_BYTES else _Body(data, deadline)
+
+
+def _drain(body: Any, expected: int, deadline: float) -> bytes:
+    """All bytes of a response. Raises _Again if they are too few or come too slowly."""
+    # read1 returns what one recv gave, so that a server that drips bytes cannot outlive the deadline
+    raw = getattr(body, "_raw_stream", body)
+    read = getattr(raw, "read1", raw.read)
+    data = bytearray()
+    while len(data) < expected:
+        if time.monotonic() > deadline:
+            raise _Again(f"stalled after {len(data)} of {expected} bytes")
+        chunk = read(CHUNK_BYTES)
+        if not chunk:
+            raise _Again(f"body ended after {len(data)} of {expected} bytes")
+        data += chunk
+    return bytes(data)
 
 
 def _client(endpoint: str | None, stall_s: float) -> Any:
     import boto3
     from botocore.config import Config
 
-    session = boto3.session.Session()  # holds the service's description, most of what a client costs
+    session = boto3.session.Session(botocore_session=_session())
 
     def make(**style: Any) -> Any:
         settings = Config(
@@ -680,6 +895,22 @@ def _client(endpoint: str | None, stall_s: float) -> Any:
     if not _is_aws(client.meta.endpoint_url):
         client = make(s3={"addressing_style": "path"})  # bucket.host needs a DNS entry for each bucket
     return client
+
+
+def _session() -> Any:
+    """A new session, which reads the credentials of now, with the service descriptions of the first: 50 ms a client otherwise."""
+    import botocore.session
+
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _descriptions())
+    return session
+
+
+@functools.cache
+def _descriptions() -> Any:
+    import botocore.session
+
+    return botocore.session.get_session().get_component("data_loader")
 
 
 def _is_aws(endpoint: str) -> bool:
@@ -712,7 +943,9 @@ def _is_transient(error: Exception) -> bool:
 
     if isinstance(error, aws.ClientError):
         status = _status(error) or 0
-        return status >= 500 or status in (408, 409, 429) or _code(error) in _TRANSIENT_CODES
+        return (
+            (status >= 500 and status != 501) or status in (408, 409, 429) or _code(error) in _TRANSIENT_CODES
+        )
     network = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError)
     return isinstance(error, (*network, http.HTTPError, ConnectionError, TimeoutError))
 
@@ -737,8 +970,10 @@ def _final(error: Exception, what: str) -> StorageError:
         return StorageError(
             f"cannot {what}: refused ({code or status}); check the credentials and the bucket policy"
         )
+    if status == 416:
+        return _EmptyError(f"cannot {what}: the object ends before the range that was asked for")
     if status == 501 or code == "NotImplemented":
-        return StorageError(f"cannot {what}: the server does not implement it ({code})")
+        return _UnsupportedError(f"cannot {what}: the server does not implement it ({code})")
     return StorageError(f"cannot {what}: {_reason(error)}; check the endpoint and the URI")
 
 
