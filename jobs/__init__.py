@@ -14,7 +14,8 @@ from typing import Any
 from counterfake.errors import ConfigError
 
 _PLUMBING = {
-    "__main__", "benchmarks", "console", "data_commands", "demo_report", "doctor", "options", "submit", "training",
+    "__main__", "benchmarks", "consent", "console", "data_commands", "demo_report", "doctor", "evaluation_grid",
+    "evaluation_page", "options", "submit", "training",
 }  # fmt: skip  # no jobs
 
 

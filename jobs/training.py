@@ -28,6 +28,12 @@ def train(job: TrainJob, workspace: Workspace, console: Console | None = None) -
         console.event(
             f"{result.name} was finished before; this is its result. Change a setting, or the name, to train anew"
         )
+    if result.stopped:
+        console.event(f"stopped early at step {result.steps}: {result.stopped}")
+    for back in result.rollbacks:
+        console.event(
+            f"note: went back from step {back['step']} to {back['to_step']}, learning rate × {back['lr_factor']:g}: {back['reason']}"
+        )
     console.event(
         f"{result.steps} steps, {result.images} pictures, {result.images_per_second:.0f} pictures/s; MLflow run {result.run_id}"
     )
@@ -43,6 +49,8 @@ def train(job: TrainJob, workspace: Workspace, console: Console | None = None) -
         "checkpoint": result.checkpoint,
         "bundle": str(result.bundle),
         "registered": result.registered,
+        "stopped": result.stopped,
+        "rollbacks": list(result.rollbacks),
         "reused": result.reused,
     }
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from counterfake import labels, media
+from counterfake import labels, locks, media
 from counterfake.errors import ConfigError, DataError, MediaError, StorageError
 from counterfake.images import Preprocess
 from counterfake.order import Balanced, Order, Rows
@@ -102,7 +102,7 @@ class Batch:
 
 
 class Loader:
-    """The batches of one rank. Opening reads the manifest only, and the labels that `where` and `balance` name."""
+    """The batches of one rank. Opening reads the manifest and the locks only, and the labels that `where` and `balance` name."""
 
     def __init__(
         self, config: DataConfig, *, rank: int = 0, world: int = 1, cache: Path | None = None
@@ -114,6 +114,7 @@ class Loader:
         self.config, self.rank, self.world = config, rank, world
         self.dataset = Dataset.open(config.uri, cache=cache)
         self.version = self.dataset.version()
+        locks.refuse(self.dataset, self.version, [config.split], "read in batches")
         self.identities = self.version.names("identity", config.where)
         self.makers = self.version.names("maker", config.where)
         self._shards = self.version.shards(config.split)

@@ -105,24 +105,43 @@ class Degradation:
     blur: tuple[float, float] | None = (0.1, 2.0)  # sigma of the Gaussian, pixels
     resize: tuple[float, float] | None = (0.5, 1.0)  # shrink by this factor, then back to the old size
     noise: tuple[float, float] | None = (0.0, 8.0)  # standard deviation, of 255
+    share: float = 0.0  # share of pictures that go through `share_chain` last of all
 
 
 def degrade(pixels: Pixels, degradation: Degradation, rng: np.random.Generator) -> Pixels:
-    """A worse copy of pixels (H, W, C) uint8: resize, blur, noise, then JPEG. The same rng state gives the same bytes."""
-    shape, out = pixels.shape, pixels
+    """A worse copy of pixels (H, W, C) uint8: resize, blur, noise, then JPEG. The same rng state gives the same bytes.
+
+    Of the same size, except where the share chain made it smaller."""
+    out = pixels
     chosen = rng.random(4) < degradation.probability
     strength = rng.random(4)
     if degradation.resize and chosen[0]:
-        factor = _between(degradation.resize, strength[0])
-        out = resize(out, max(8, round(shape[1] * factor)), max(8, round(shape[0] * factor)))
-        out = resize(out, shape[1], shape[0])
+        out = rescale(out, _between(degradation.resize, strength[0]))
     if degradation.blur and chosen[1]:
         out = blur(out, _between(degradation.blur, strength[1]))
     if degradation.noise and chosen[2]:
         out = noise(out, _between(degradation.noise, strength[2]), rng)
     if degradation.jpeg and chosen[3]:
         out = recompress(out, round(_between(degradation.jpeg, strength[3])))
+    if degradation.share and rng.random() < degradation.share:
+        out = share_chain(out)
     return out
+
+
+def rescale(pixels: Pixels, factor: float) -> Pixels:
+    """Shrunk by `factor` (each side to 8 pixels at least), then back to the old size (H, W, C)."""
+    height, width = pixels.shape[:2]
+    small = resize(pixels, max(8, round(width * factor)), max(8, round(height * factor)))
+    return resize(small, width, height)
+
+
+def share_chain(pixels: Pixels) -> Pixels:
+    """What two platforms in a row do: longer side to 1280 at most, JPEG 75, longer side to 720 at most, JPEG 60.
+
+    A picture of at most 720 pixels keeps its size; nothing is enlarged."""
+    for side, quality in ((1280, 75), (720, 60)):
+        pixels = recompress(_at_most(pixels, side), quality)
+    return pixels
 
 
 def resize(pixels: Pixels, width: int, height: int) -> Pixels:
@@ -169,6 +188,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.detach().float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def overlay(pixels: Pixels, heat: NDArray[np.float32]) -> Pixels:
+    """The picture (H, W, C) in grey, with orange where the heat (h, w) in [0, 1] is: (H, W, 3)."""
+    height, width = pixels.shape[:2]
+    share = resize((255 * heat).astype(np.uint8)[:, :, None], width, height) / 255.0
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.asarray(grey * (1 - 0.65 * share) + 0.65 * share * np.array([240, 110, 40]), np.uint8)
+
+
 def grid(images: Pixels | Tensor | Sequence[Pixels], columns: int = 8, gap: int = 2) -> Pixels:
     """Tile (N, H, W, C) uint8, or a tensor (N, C, H, W) uint8 or float in [-1, 1], into one (H', W', 3) picture."""
     tiles = _tiles(images)
@@ -205,6 +232,15 @@ def _channels(pixels: Pixels, channels: int) -> Pixels:
     if channels == 3:
         return np.repeat(pixels, 3, axis=2)
     return np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY), np.uint8)[:, :, None]
+
+
+def _at_most(pixels: Pixels, side: int) -> Pixels:
+    """The longer side brought down to `side`."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    return (
+        resize(pixels, max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else pixels
+    )
 
 
 def _between(bounds: tuple[float, float], share: float) -> float:

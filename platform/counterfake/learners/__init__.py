@@ -11,18 +11,20 @@ import pkgutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from counterfake.config import Family
 from counterfake.nets import NetConfig
 
 if TYPE_CHECKING:
     from counterfake.data import Batch
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,19 @@ class LearnerContext:
     identities: tuple[str, ...] = ()  # index space of Batch.identity
     makers: tuple[str, ...] = ()  # index space of Batch.maker
     precision: str = "fp32"  # "fp32" or "bf16"
+    compile: bool = False  # whether `compiled` compiles
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around forward passes and losses: bf16 where the run asks for it, else nothing changes."""
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def compiled(self, net: Net) -> Net:
+        """The same net, in place, through torch.compile where the run asks for it; its state dict keeps its names.
+
+        Before `dist.data_parallel`; a copy.deepcopy of it runs uncompiled. Inductor knows no second derivatives."""
+        if self.compile:
+            net.compile()
+        return net
 
 
 class Learner(Protocol):
@@ -70,8 +81,23 @@ class Learner(Protocol):
         """Figures on held-out batches; {} where there is nothing to hold out."""
 
 
+@runtime_checkable
+class Recoverable(Protocol):
+    """A learner that notices its own collapse and can go on from its last good checkpoint, slower."""
+
+    max_rollbacks: int  # times a run may go back
+
+    def check(self) -> None:
+        """Called on every rank at each tick, before its checkpoint. Raises CollapseError, on all ranks alike."""
+
+    def slow_down(self, rollbacks: int) -> float:
+        """Set the learning rate for after so many rollbacks -> the factor on it, which is part of the state."""
+
+
 class LearnerConfig(Family, abc.ABC):
     """Settings of one learning problem; subclasses are frozen keyword-only dataclasses."""
+
+    compiles: ClassVar[bool] = False  # whether its learner passes its nets through `LearnerContext.compiled`
 
     @abc.abstractmethod
     def build(self, *, device: torch.device, context: LearnerContext) -> Learner:

@@ -41,15 +41,19 @@ class WarpConfig:
         return replace(self, noise=0.0)
 
 
-def pairs(faces: Tensor, size: int, coverage: float, config: WarpConfig) -> tuple[Tensor, Tensor]:
+def pairs(
+    faces: Tensor, size: int, coverage: float, config: WarpConfig, extra: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """faces (N, 3, S, S) float -> (warped, target), both (N, 3, size, size). Draws from torch's default generator.
 
-    `coverage` is the side of the region that is learned, as a share of S; 160 / 256 originally."""
+    `coverage` is the side of the region that is learned, as a share of S; 160 / 256 originally. Maps `extra` (N, K, S, S) of
+    the faces come with the target, as its last K channels."""
     n, side, device = len(faces), faces.shape[-1], faces.device
     shake = torch.randn(n, NODES, NODES, 2, device=device) * (config.noise * side)
     warped, target = coordinates(shake, side, size, coverage, config.legacy_half_pixel)
     move = _Move(n, side, config, device)
-    return sample(faces, move(warped)), sample(faces, move(target))
+    wanted = faces if extra is None else torch.cat([faces, extra], dim=1)
+    return sample(faces, move(warped)), sample(wanted, move(target))
 
 
 def centre(faces: Tensor, size: int, coverage: float) -> Tensor:

@@ -1,43 +1,49 @@
-"""Face-swap autoencoder: one encoder shared by all identities, one decoder each.
+"""Face-swap autoencoders around the network of December 2017, and four designs made from it.
 
-The network of December 2017 (recipe `swap-shared`): convolutions 5×5 stride 2, a dense bottleneck, PixelShuffle upscaling.
-Everyone's face is encoded alike; whose decoder reads the code decides whose face comes out. Pixels are in [0, 1].
-At the defaults the encoder has 69,662,976 parameters and each decoder 6,199,747.
+`SwapConfig` (recipe `swap-shared`): convolutions 5×5 stride 2, a dense bottleneck, PixelShuffle upscaling. Everyone's face
+is encoded alike; whose decoder reads the code decides whose face comes out. At the defaults the encoder has 69,662,976
+parameters and each decoder 6,199,747. The others change one thing each:
+`SwapTwoEncodersConfig` an encoder per person as well: the naive design, whose codes do not mean the same to two decoders.
+`SwapUnetConfig` skip connections, of coarse features only.
+`SwapMaskConfig` decoders that also paint where they are to be believed.
+`SwapPartsConfig` decoders with a second head for eyes and mouth.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from counterfake.errors import ConfigError, DataError
-from counterfake.nets import NetConfig
-
-SLOPE = 0.1  # of every LeakyReLU
+from counterfake.errors import ConfigError
+from counterfake.nets.swap_family import (
+    SLOPE,
+    Masks,
+    Painted,
+    Routes,
+    SelfAttention,
+    SwapFamily,
+    Upscale,
+    initialise,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwapConfig(NetConfig):
-    """Faces (N, 3, size, size) in [0, 1] and a decoder index (N,) -> faces of the same shape."""
+class SwapConfig(SwapFamily):
+    """One encoder for everyone, a decoder per person."""
 
-    identities: tuple[str, ...] = ()  # whose decoder is whose, in order; the learner fills it from the data
-    size: int = 64  # pixels; a multiple of 2 ** len(encoder)
-    coverage: float = (
-        160 / 256
-    )  # side of the region in the middle of a face crop that is read and painted / crop's side
-    normalise: bool = False  # faces are read and painted in a standard light; see `standardise`
     encoder: tuple[int, ...] = (128, 256, 512, 1024)  # channels of the stride-2 convolutions
     code: int = 1024  # units of the bottleneck
     upscaled: int = 512  # channels after the encoder's own upscaling
     decoder: tuple[int, ...] = (256, 128, 64)  # channels after each upscaling; one less than `encoder`
 
     def __post_init__(self) -> None:
-        if not 0 < self.coverage <= 1:
-            raise ConfigError(f"coverage must lie in (0, 1], got {self.coverage}")
+        super().__post_init__()
         if self.size % 2 ** len(self.encoder):
             raise ConfigError(f"size {self.size} must be a multiple of {2 ** len(self.encoder)}")
         if len(self.decoder) != len(self.encoder) - 1:
@@ -46,18 +52,92 @@ class SwapConfig(NetConfig):
                 f" once; it needs {len(self.encoder) - 1}"
             )
 
-    def build(self) -> SwapNet:
-        """The autoencoder; raises ConfigError while it has no identities."""
-        if not self.identities:
-            raise ConfigError("SwapConfig.identities is empty; name at least two, or let the learner fill it")
-        return SwapNet(self)
+    @property
+    def code_side(self) -> int:
+        """Side of the last encoder features; codes have twice that."""
+        return self.size // 2 ** len(self.encoder)
 
-    def with_identities(self, names: tuple[str, ...]) -> SwapConfig:
-        return replace(self, identities=names)
+    def build(self) -> nn.Module:
+        """The autoencoder; raises ConfigError while it has no identities."""
+        return SwapNet(self)
 
     @classmethod
     def tiny(cls) -> SwapConfig:
         return cls(identities=("a", "b"), size=16, encoder=(8, 16), code=16, upscaled=16, decoder=(8,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapTwoEncodersConfig(SwapConfig):
+    """A whole autoencoder per person. A swap hands the code of one to the decoder of another, who never learned to read
+    it: kept to show that the encoder has to be shared."""
+
+    def build(self) -> nn.Module:
+        return TwoEncoders(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapUnetConfig(SwapConfig):
+    """Skip connections from encoder features of at most `skip_side` pixels a side.
+
+    Whatever goes around the bottleneck is the source's own face: finer skips carry its identity to the other person's
+    decoder, which then copies instead of painting. Features of 8×8 and coarser hold pose and light."""
+
+    LIMIT: ClassVar[int] = 8
+
+    skip_side: int = 8  # pixels; at most LIMIT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.code_side <= self.skip_side <= self.LIMIT:
+            raise ConfigError(
+                f"skip_side {self.skip_side} must lie between {self.code_side}, the encoder's last side, and {self.LIMIT}: "
+                "finer skips carry the source's identity into the swap"
+            )
+
+    def build(self) -> nn.Module:
+        return Unet(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapMaskConfig(SwapConfig):
+    """Decoders paint colours and α: face = α · colours + (1 − α) · input. shaoanlu/faceswap-GAN v2.2, reimplemented from its
+    description: sigmoid in [0, 1] for its tanh in [-1, 1], attention in encoder and decoder at `attention_side` only."""
+
+    MASKS: ClassVar[Masks] = "face"
+
+    attention_side: int = 16  # pixels of the features with self-attention; 0 = none
+
+    def build(self) -> nn.Module:
+        return MaskNet(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapPartsConfig(SwapConfig):
+    """A second head per decoder that paints eyes and mouth, pasted through a mask it also paints."""
+
+    MASKS: ClassVar[Masks] = "parts"
+
+    parts: tuple[int, ...] = (
+        128,
+        64,
+        32,
+    )  # channels of the second head after each upscaling; as many as `decoder`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.parts) != len(self.decoder):
+            raise ConfigError(
+                f"parts has {len(self.parts)} stages but decoder {len(self.decoder)}; give both as many"
+            )
+
+    def build(self) -> nn.Module:
+        return PartsNet(self)
+
+    @classmethod
+    def tiny(cls) -> SwapPartsConfig:
+        return cls(
+            identities=("a", "b"), size=16, encoder=(8, 16), code=16, upscaled=16, decoder=(8,), parts=(8,)
+        )
 
 
 class SwapEncoder(nn.Module):
@@ -67,110 +147,173 @@ class SwapEncoder(nn.Module):
         super().__init__()
         channels = (3, *config.encoder)
         self.down = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2) for i, o in itertools.pairwise(channels))
-        self.side = config.size // 2 ** len(config.encoder)
+        self.side = config.code_side
         units = config.encoder[-1] * self.side**2
         self.narrow = nn.Linear(units, config.code)
         self.widen = nn.Linear(config.code, units)
         self.up = Upscale(config.encoder[-1], config.upscaled)
 
     def forward(self, faces: Tensor) -> Tensor:
-        for conv in self.down:
-            # side to half: pads 1 before and 2 after, as Keras' "same" does
-            faces = F.leaky_relu(conv(F.pad(faces, (1, 2, 1, 2))), SLOPE)
-        code = self.narrow(faces.flatten(1))  # (N, code)
-        wide = self.widen(code).unflatten(1, (-1, self.side, self.side))  # (N, C, s, s)
-        return self.up(wide)  # (N, upscaled, 2s, 2s)
+        return self.up(self.coded(self.features(faces)[-1]))  # (N, upscaled, 2s, 2s)
+
+    def features(self, faces: Tensor) -> list[Tensor]:
+        """What each convolution gives, finest first; side halves each time."""
+        found = []
+        for number, conv in enumerate(self.down):
+            # pads 1 before and 2 after, as Keras' "same" does
+            faces = self.looked(number, F.leaky_relu(conv(F.pad(faces, (1, 2, 1, 2))), SLOPE))
+            found.append(faces)
+        return found
+
+    def looked(self, number: int, features: Tensor) -> Tensor:
+        """Features of convolution `number`, for designs that do more with them."""
+        return features
+
+    def coded(self, features: Tensor) -> Tensor:
+        """The last features through the bottleneck: (N, C, s, s) -> (N, C, s, s)."""
+        code = self.narrow(features.flatten(1))  # (N, code)
+        return self.widen(code).unflatten(1, (-1, self.side, self.side))
 
 
 class SwapDecoder(nn.Module):
-    """codes (N, upscaled, s, s) -> faces (N, 3, S, S) in [0, 1] of one identity."""
+    """codes (N, upscaled, s, s) -> faces (N, outputs, S, S) in [0, 1] of one identity."""
 
-    def __init__(self, config: SwapConfig) -> None:
+    def __init__(self, config: SwapConfig, inputs: int = 0, outputs: int = 3) -> None:
         super().__init__()
-        channels = (config.upscaled, *config.decoder)
+        channels = (inputs or config.upscaled, *config.decoder)
         self.up = nn.Sequential(*(Upscale(i, o) for i, o in itertools.pairwise(channels)))
-        self.paint = nn.Conv2d(channels[-1], 3, 5, padding=2)
+        self.paint = nn.Conv2d(channels[-1], outputs, 5, padding=2)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.paint(self.up(codes)).sigmoid()
 
 
-class Upscale(nn.Module):
-    """(N, C, h, w) -> (N, C', 2h, 2w): convolution 3×3 to 4·C' channels, LeakyReLU, PixelShuffle."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.pixel_shuffle(F.leaky_relu(self.conv(features), SLOPE), 2)
-
-
 class SwapNet(nn.Module):
-    """The shared encoder and a decoder per identity."""
+    """The shared encoder and a decoder per person."""
+
+    def __init__(
+        self,
+        config: SwapConfig,
+        encoder: Callable[[SwapConfig], nn.Module] = SwapEncoder,
+        decoder: Callable[[SwapConfig], nn.Module] = SwapDecoder,
+    ) -> None:
+        super().__init__()
+        self.identities = config._named()
+        self.encoder = encoder(config)
+        self.decoders = nn.ModuleList(decoder(config) for _ in config.identities)
+        self.apply(initialise)
+
+    def forward(self, faces: Tensor, identity: Tensor, source: Tensor | None = None) -> Painted:
+        """faces (N, 3, S, S) in [0, 1], who each becomes (N,) int64 -> faces as those people."""
+        return Painted(self.decoded(faces, identity))
+
+    def decoded(self, faces: Tensor, identity: Tensor) -> Tensor:
+        """What the decoders give: (N, their channels, S, S)."""
+        return Routes(identity, len(self.decoders)).through(self.decoders, self.encoder(faces))
+
+
+class TwoEncoders(nn.Module):
+    """An encoder and a decoder per person."""
 
     def __init__(self, config: SwapConfig) -> None:
         super().__init__()
-        self.identities = config.identities
-        self.encoder = SwapEncoder(config)
+        self.identities = config._named()
+        self.encoders = nn.ModuleList(SwapEncoder(config) for _ in config.identities)
         self.decoders = nn.ModuleList(SwapDecoder(config) for _ in config.identities)
-        self.apply(_initialise)
+        self.apply(initialise)
 
-    def forward(self, faces: Tensor, identity: Tensor) -> Tensor:
-        """faces (N, 3, S, S) in [0, 1], decoder of each row (N,) int64 -> faces (N, 3, S, S) as those identities.
-
-        A decoder without rows still gets gradients, of zero: data-parallel ranks whose batches hold different
-        identities would otherwise wait for each other for ever. Raises DataError for a row without identity (-1).
-        """
-        order = identity.argsort(stable=True)
-        unknown, *counts = (
-            (identity + 1).bincount(minlength=len(self.decoders) + 1).tolist()
-        )  # the only sync of a step
-        if unknown:
-            raise DataError(
-                f"{unknown} of {len(faces)} faces have no identity; choose some with data.where.identity"
-            )
-        groups = zip(self.decoders, self.encoder(faces)[order].split(counts), counts, strict=True)
-        painted = torch.cat([decode(codes) for decode, codes, count in groups if count])
-        return painted[order.argsort()] + self._nothing(counts)
-
-    def matrix(self, faces: Tensor) -> Tensor:
-        """faces (N, 3, S, S) -> (N, identities, 3, S, S): every face as everyone."""
-        codes = self.encoder(faces)
-        return torch.stack([decode(codes) for decode in self.decoders], dim=1)
-
-    def _nothing(self, counts: list[int]) -> Tensor | float:
-        """0 that depends on every parameter of the decoders without rows."""
-        idle = [
-            p.sum()
-            for decode, count in zip(self.decoders, counts, strict=True)
-            if not count
-            for p in decode.parameters()
-        ]
-        return 0.0 * torch.stack(idle).sum() if idle and torch.is_grad_enabled() else 0.0
+    def forward(self, faces: Tensor, identity: Tensor, source: Tensor | None = None) -> Painted:
+        """`source` (N,): whose encoder reads each face; without it the asked person's own, which is a reconstruction."""
+        readers = Routes(identity if source is None else source, len(self.encoders))
+        codes = readers.through(self.encoders, faces)
+        return Painted(Routes(identity, len(self.decoders)).through(self.decoders, codes))
 
 
-def standardise(faces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """faces (N, 3, H, W) in [0, 1] -> (the same with mean 0.5 and deviation 0.2 in the middle half, mean, deviation).
+class Unet(SwapNet):
+    """Coarse encoder features beside the code; see SwapUnetConfig."""
 
-    Over all channels together, so that hues stay: how light a picture is, is neither learned nor taken for the person.
-    Back: `faces = (out - 0.5) / 0.2 * deviation + mean`.
-    """
-    height, width = faces.shape[2:]
-    middle = faces[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)]
-    mean = middle.mean(dim=(1, 2, 3), keepdim=True)
-    deviation = middle.std(dim=(1, 2, 3), keepdim=True).clamp(min=0.02)
-    return ((faces - mean) / deviation * 0.2 + 0.5).clamp(0, 1), mean, deviation
+    def __init__(self, config: SwapUnetConfig) -> None:
+        extra = config.encoder[-2] if config.skip_side >= 2 * config.code_side else 0
+        inputs = config.upscaled + extra
+        super().__init__(config, _SkippingEncoder, lambda c: SwapDecoder(c, inputs))
 
 
-def parameters(module: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+class _SkippingEncoder(SwapEncoder):
+    """codes ‖ features of the same side, and before that code ‖ the last features."""
+
+    def __init__(self, config: SwapConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config, SwapUnetConfig), "only SwapUnetConfig has skips"
+        self.both = config.skip_side >= 2 * config.code_side
+        self.up = Upscale(2 * config.encoder[-1], config.upscaled)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        *_, finer, last = self.features(faces)
+        codes = self.up(torch.cat([self.coded(last), last], dim=1))  # (N, upscaled, 2s, 2s)
+        return torch.cat([codes, finer], dim=1) if self.both else codes
 
 
-def _initialise(module: nn.Module) -> None:
-    """Keras' defaults, as the original: Glorot uniform, zero bias."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+class MaskNet(SwapNet):
+    """Decoders of four channels: α and colours; see SwapMaskConfig."""
+
+    def __init__(self, config: SwapMaskConfig) -> None:
+        super().__init__(config, _LookingEncoder, _LookingDecoder)
+
+    def forward(self, faces: Tensor, identity: Tensor, source: Tensor | None = None) -> Painted:
+        alpha, colours = torch.split(self.decoded(faces, identity), [1, 3], dim=1)
+        return Painted(alpha * colours + (1 - alpha) * faces, alpha, colours)
+
+
+class _LookingEncoder(SwapEncoder):
+    """With self-attention after the convolution that gives `attention_side`."""
+
+    def __init__(self, config: SwapConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config, SwapMaskConfig), "only SwapMaskConfig has attention"
+        sides = [config.size // 2 ** (n + 1) for n in range(len(config.encoder))]
+        self.at = sides.index(config.attention_side) if config.attention_side in sides else -1
+        self.attention = SelfAttention(config.encoder[self.at]) if self.at >= 0 else nn.Identity()
+
+    def looked(self, number: int, features: Tensor) -> Tensor:
+        return self.attention(features) if number == self.at else features
+
+
+class _LookingDecoder(SwapDecoder):
+    """Four channels, with self-attention at `attention_side`."""
+
+    def __init__(self, config: SwapConfig) -> None:
+        super().__init__(config, outputs=4)
+        assert isinstance(config, SwapMaskConfig), "only SwapMaskConfig has attention"
+        sides = [config.code_side * 2 ** (n + 2) for n in range(len(config.decoder))]
+        if config.attention_side in sides:
+            at = sides.index(config.attention_side)
+            self.up.insert(at + 1, SelfAttention(config.decoder[at]))
+
+
+class PartsNet(SwapNet):
+    """A head for the whole face and one for eyes and mouth; see SwapPartsConfig."""
+
+    def __init__(self, config: SwapPartsConfig) -> None:
+        super().__init__(config, SwapEncoder, _TwoHeads)
+
+    def forward(self, faces: Tensor, identity: Tensor, source: Tensor | None = None) -> Painted:
+        whole, parts, mask = torch.split(self.decoded(faces, identity), [3, 3, 1], dim=1)
+        return Painted(mask * parts + (1 - mask) * whole, mask, parts)
+
+
+class _TwoHeads(nn.Module):
+    """codes (N, upscaled, s, s) -> whole face, parts, their mask: (N, 7, S, S) in [0, 1]."""
+
+    def __init__(self, config: SwapConfig) -> None:
+        super().__init__()
+        assert isinstance(config, SwapPartsConfig), "only SwapPartsConfig has two heads"
+        self.whole = SwapDecoder(config)
+        channels = (config.upscaled, *config.parts)
+        self.parts = nn.Sequential(
+            *(Upscale(i, o) for i, o in itertools.pairwise(channels)),
+            nn.Conv2d(channels[-1], 4, 5, padding=2),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.cat([self.whole(codes), self.parts(codes)], dim=1)

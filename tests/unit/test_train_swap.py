@@ -1,0 +1,293 @@
+"""The swap job: presets that fit together, consent of the people shown, and a run that goes back to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from counterfake import checkpoint, dist, loop
+from counterfake.cluster import worker
+from counterfake.cluster.worker import Order, _Reporter, _rolled_back
+from counterfake.config import from_dict, override, to_dict
+from counterfake.data import DataConfig, Loader
+from counterfake.errors import CollapseError, DataError, NonFiniteError
+from counterfake.images import Preprocess
+from counterfake.learners.faceswap import FaceSwapConfig, FaceSwapLearner
+from counterfake.loop import LoopConfig, TrainJob
+from counterfake.nets.swap import SwapConfig, SwapMaskConfig
+from counterfake.nets.swap_family import parameters
+from counterfake.records import SplitRule, write_version
+from counterfake.sources.synthetic import SyntheticSource
+from counterfake.workspace import Workspace
+from jobs import consent, train_swap
+
+# -- presets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", train_swap.PRESETS)
+def test_every_preset_survives_its_dictionary_and_its_network_can_be_built(name: str) -> None:
+    job = train_swap.PRESETS[name]()
+    assert from_dict(TrainJob, to_dict(job)) == job
+    assert isinstance(job.learner, FaceSwapConfig)
+    with torch.device("meta"):
+        job.learner.net.with_identities(("a", "b")).build()
+    # the crop has about the pixels that the network reads
+    assert 0.9 < job.data.preprocess.size * job.learner.net.coverage / job.learner.net.size < 1.7
+
+
+@pytest.mark.parametrize("name", [n for n in train_swap.PRESETS if n.endswith("-small")])
+def test_a_small_preset_sees_each_of_its_phases_and_as_many_images_as_the_others(name: str) -> None:
+    job = train_swap.PRESETS[name]()
+    assert isinstance(job.learner, FaceSwapConfig)
+    assert job.loop.images == train_swap.SMALL_IMAGES
+    assert sum(phase.images for phase in job.learner.phases) < job.loop.images
+    with torch.device("meta"):
+        assert parameters(job.learner.net.with_identities(("a", "b", "c", "d")).build()) < 10e6
+
+
+def test_losses_are_those_of_the_recipes() -> None:
+    gan, parts, dfl = train_swap.MASK_GAN, train_swap.PARTS, train_swap.SAEHD
+    assert (gan.mae, gan.edge, gan.eyes, gan.adversarial, gan.mask_l1, gan.mask_tv) == (
+        1,
+        0.1,
+        30,
+        0.1,
+        0.01,
+        0.1,
+    )
+    assert gan.mixup == 0.2
+    assert (parts.eye_factor, parts.mouth_factor) == (3, 2)
+    assert (dfl.dssim, dfl.mse, dfl.mask, dfl.eyes, dfl.mouth) == (10, 10, 10, 300, 300)
+    assert (dfl.tv, dfl.background, dfl.adversarial, dfl.dssim_windows) == (1e-6, 0.02, 0.1, (11.6,))
+
+
+# -- consent --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(workspace: Workspace) -> Callable[[str], TrainJob]:
+    """A job on a dataset of two people from a source of a given consent, and two of a synthetic one."""
+
+    def write(agreed: str) -> TrainJob:
+        made = [
+            dataclasses.replace(SyntheticSource(size=24).sample(person, picture), source=source)
+            for person, source in ((0, "drawn"), (1, "drawn"), (2, "album"), (3, "album"))
+            for picture in range(8)
+        ]
+        facts = {
+            "drawn": {"licence": "CC0-1.0", "consent": "synthetic"},
+            "album": {"licence": "CC0-1.0", "consent": agreed},
+        }
+        splits = SplitRule(fractions={"train": 1.0})
+        write_version(workspace.dataset("faces"), made, sources=facts, splits=splits)
+        return tiny_job()
+
+    return write
+
+
+@pytest.mark.parametrize("agreed", ["subjects", "synthetic"])
+def test_people_who_agreed_may_be_swapped(
+    workspace: Workspace, stored: Callable[[str], TrainJob], agreed: str
+) -> None:
+    job = train_swap.prepared(stored(agreed), workspace)
+    assert len(job.data.where["identity"]) == 4
+
+
+def test_people_who_did_not_agree_are_refused_by_source(
+    workspace: Workspace, stored: Callable[[str], TrainJob]
+) -> None:
+    job = stored("none")
+    for purpose in ("", "detector-training"):
+        with pytest.raises(DataError, match=r"refused: album \(consent none\); choose others"):
+            train_swap.prepared(dataclasses.replace(job, purpose=purpose), workspace)
+    drawn = override(job, {"data.where": {"fake": 0, "identity": [f"synthetic-0-00000{i}" for i in (0, 1)]}})
+    assert train_swap.prepared(drawn, workspace).data.where["identity"] == drawn.data.where["identity"]
+
+
+def test_research_data_need_their_purpose(workspace: Workspace, stored: Callable[[str], TrainJob]) -> None:
+    job = stored("research")
+    with pytest.raises(DataError, match=r"album \(consent research\); with --set purpose=detector-training"):
+        train_swap.prepared(job, workspace)
+    allowed = override(job, {"purpose": "detector-training"})
+    assert train_swap.prepared(allowed, workspace).purpose == "detector-training"
+
+
+def test_what_is_made_of_research_data_or_by_its_models_is_not_for_export() -> None:
+    free, bound = {"licence": "x", "consent": "subjects"}, {"licence": "x", "consent": "research"}
+    assert "export" not in consent.marked(free, model={})
+    assert consent.marked(bound, model={})["export"] is False
+    assert consent.marked(free, model={"export": False})["export"] is False
+
+
+# -- points ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_asks_for_points_only_if_a_loss_needs_them(
+    workspace: Workspace, stored: Callable[[str], TrainJob]
+) -> None:
+    job = stored("subjects")
+    assert not train_swap.prepared(job, workspace).data.landmarks
+    weighted = train_swap.prepared(override(job, {"learner.losses.eyes": 1.0}), workspace)
+    assert weighted.data.landmarks
+    assert isinstance(weighted.learner, FaceSwapConfig)
+    assert weighted.learner.margin == job.data.preprocess.margin
+
+
+@pytest.mark.parametrize("crop", ["face", "aligned", "none", "center"])
+def test_the_loader_gives_points_where_the_crop_moved_them(
+    workspace: Workspace, stored: Callable[[str], TrainJob], crop: str
+) -> None:
+    job = stored("subjects")
+    preprocess = Preprocess(size=48, crop=crop, margin=1.4)  # type: ignore[arg-type]
+    data = DataConfig(
+        uri=workspace.dataset("faces"),
+        batch_size=16,
+        preprocess=preprocess,
+        landmarks=True,
+        where=job.data.where,
+    )
+    batch = next(Loader(data).batches())
+    assert batch.landmarks is not None
+    assert batch.landmarks.shape == (16, 5, 2)
+    eyes, mouth = batch.landmarks[:, :2], batch.landmarks[:, 3:]
+    assert ((batch.landmarks > 0) & (batch.landmarks < 48)).all()
+    assert (eyes[:, :, 1].amax(dim=1) < mouth[:, :, 1].amin(dim=1)).all()
+    if crop == "aligned":
+        torch.testing.assert_close(eyes[:, 0, 1], eyes[:, 1, 1], atol=1e-3, rtol=0)
+        assert float(eyes.std(dim=0).max()) < 1e-2  # at fixed places
+
+
+# -- going back -----------------------------------------------------------------------------------------------------
+
+
+def tiny_job(**changes: Any) -> TrainJob:
+    return TrainJob(
+        name="swap-tiny",
+        task="faceswap",
+        data=DataConfig(
+            uri="faces",
+            batch_size=8,
+            preprocess=Preprocess(size=24, crop="face", margin=1.4),
+            where={"fake": 0},
+        ),
+        learner=FaceSwapConfig(net=SwapConfig.tiny().with_identities(()), lr=2e-3, **changes),
+        loop=LoopConfig(steps=8, tick_steps=2),
+    )
+
+
+class Disk:
+    """A host that keeps checkpoints in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ticks = folder, 0
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        found = sorted(self.folder.glob("step-*"))
+        yield found[-1] if found else None
+
+    def report(self, tick: loop.Tick, folder: Path | None) -> None:
+        self.ticks += 1
+        if folder:
+            folder.rename(self.folder / folder.name)
+
+
+@pytest.fixture
+def trained(
+    workspace: Workspace, stored: Callable[[str], TrainJob], tmp_path: Path
+) -> Callable[..., _Reporter]:
+    """A run whose learner fails as `fault` says, up to its end or to the error that it could not mend."""
+
+    def run(fault: Callable[[FaceSwapLearner], None], **changes: Any) -> _Reporter:
+        job = train_swap.prepared(
+            dataclasses.replace(stored("subjects"), learner=tiny_job(**changes).learner), workspace
+        )
+        job = override(job, {"data.uri": workspace.dataset("faces")})
+        (tmp_path / "checkpoints").mkdir()
+        loader = Loader(job.data)
+        order = Order(
+            job=job, workspace=workspace, name="tiny", run_id="", dataset={"digest": loader.version.digest}, commit=""
+        )  # fmt: skip
+        host = Disk(tmp_path / "checkpoints")
+        learner, summary = worker._begin(order, host, loader, torch.device("cpu"))
+        reporter = _Reporter(order, host, learner, loader, torch.device("cpu"), None, summary)
+        fault(learner)  # type: ignore[arg-type]
+        while not reporter.trained():
+            reporter = _rolled_back(reporter)
+        return reporter
+
+    return run
+
+
+def poison(learner: FaceSwapLearner, at: int) -> None:
+    """Weights become NaN before step `at`, as after an overflow."""
+    step = learner.step
+
+    def poisoned(batch: Any) -> dict[str, torch.Tensor]:
+        if learner.steps == at:
+            next(learner.net.parameters()).data.fill_(math.nan)
+        return step(batch)
+
+    learner.step = poisoned  # type: ignore[method-assign]
+
+
+def test_a_run_that_became_nan_goes_on_from_its_last_good_checkpoint_at_half_the_rate(
+    trained: Callable[..., _Reporter],
+) -> None:
+    reporter = trained(lambda learner: poison(learner, at=5))
+    (event,) = reporter.summary["rollbacks"]
+    assert (event["step"], event["to_step"], event["lr_factor"]) == (6, 4, 0.5)
+    assert "NaN" in event["reason"]
+    assert reporter.learner.steps == 8
+    assert isinstance(reporter.learner, FaceSwapLearner)
+    assert reporter.learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert all(torch.isfinite(p).all() for p in reporter.learner.net.parameters())
+    _, meta = checkpoint.load(reporter.host.folder / "step-00000008")  # type: ignore[attr-defined]
+    assert meta["summary"]["rollbacks"] == [event]
+
+
+def test_without_any_checkpoint_a_run_begins_again(trained: Callable[..., _Reporter]) -> None:
+    reporter = trained(lambda learner: poison(learner, at=1))
+    assert [event["to_step"] for event in reporter.summary["rollbacks"]] == [0]
+    assert reporter.learner.steps == 8
+
+
+def test_a_run_that_may_not_go_back_says_what_went_wrong(trained: Callable[..., _Reporter]) -> None:
+    with pytest.raises(NonFiniteError, match="became NaN or infinite at step 6"):
+        trained(lambda learner: poison(learner, at=5), rollbacks=0)
+
+
+def test_a_run_that_collapses_every_time_ends_with_its_last_error(
+    trained: Callable[..., _Reporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(learner: FaceSwapLearner) -> None:
+        if learner.steps == 6:
+            raise CollapseError(f"grey at a rate of {learner.lr_factor:g}")
+
+    monkeypatch.setattr(FaceSwapLearner, "check", collapsed)
+    with pytest.raises(CollapseError, match=r"grey at a rate of 0\.25"):
+        trained(lambda learner: None)
+
+
+def test_a_mask_network_also_goes_back(trained: Callable[..., _Reporter]) -> None:
+    """Its critic and both optimizers come from the checkpoint as well."""
+    learner = to_dict(train_swap.swap_mask_gan_small().learner)
+    config = from_dict(FaceSwapConfig, learner)
+    changes = {
+        "losses": config.losses,
+        "critic": dataclasses.replace(config.critic, widths=(8, 8)),
+        "phases": (dataclasses.replace(config.phases[-1], images=0),),
+    }
+    assert isinstance(config.net, SwapMaskConfig)
+    reporter = trained(lambda made: poison(made, at=5), **changes)
+    assert isinstance(reporter.learner, FaceSwapLearner)
+    assert reporter.learner.critic is not None
+    assert reporter.summary["rollbacks"][0]["to_step"] == 4
+    assert dist.world_size() == 1
