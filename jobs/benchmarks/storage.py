@@ -3,12 +3,15 @@
 All have the same pictures, read by `threads` threads. `s3-cold` is a whole epoch into an empty cache, download, digest and
 decoding together; `s3-fetch` leaves the decoding out; `ranged-get` asks for the same bytes in ranges of 16 MiB and drops
 them, which is all that the server and the connection give. Where that is faster than decoding (loopback), a cold epoch
-can at best be as fast as a local one, hence the comparison with the slower of the two. Server and client share the cores of one machine, as they
-would not elsewhere, so a cold epoch here pays for both. A round is one epoch; rates are pictures per second.
+can at best be as fast as a local one, hence the comparison with the slower of the two. Server and client share the cores
+of one machine, as they would not elsewhere, so a cold epoch here pays for both; the contestants `…-network` read through
+a line of NETWORK megabytes a second, where the line is what there is to be used. A round is one epoch; rates are pictures
+per second.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +25,11 @@ from jobs.benchmarks.harness import Contestant, Spec
 UNIT = "pictures/s"
 LIMIT = "ranged-get"
 NEEDS: dict[str, tuple[str, ...]] = {}
+NETWORK = (
+    60.0  # megabytes per second of the narrow line: about half of a gigabit, less than two cores can decode
+)
 COMPARISONS = {
+    "cold_to_ranged_get_over_network": ("s3-cold-network", ("ranged-get-network",)),
     "warm_to_local": ("s3-warm", ("local",)),
     "fetch_to_ranged_get": ("s3-fetch", ("ranged-get",)),
     "cold_to_ranged_get": ("s3-cold", ("ranged-get",)),
@@ -50,8 +57,8 @@ def _warm(spec: Spec) -> Contestant:
     return _epochs(loader.opened_loader(spec, uri, _cache(spec)), server)  # the warm-up round fills the cache
 
 
-def _cold(spec: Spec) -> Contestant:
-    uri, server = _served(spec)
+def _cold(spec: Spec, line: float = 0.0) -> Contestant:
+    uri, server = _served(spec, line)
 
     def one_epoch() -> int:
         opened = loader.opened_loader(spec, uri, _cache(spec))
@@ -76,11 +83,11 @@ def _fetch(spec: Spec) -> Contestant:
     return Contestant(one_epoch, facts=lambda: {"server": server.pid})
 
 
-def _ranged_get(spec: Spec) -> Contestant:
+def _ranged_get(spec: Spec, line: float = 0.0) -> Contestant:
     from counterfake.records import Dataset
     from counterfake.storage import PART_BYTES
 
-    uri, server = _served(spec)
+    uri, server = _served(spec, line)
     dataset = Dataset.open(uri)
     shards = dataset.version().shards("train")
     client = dataset.store.client  # type: ignore[attr-defined] # boto3's own: no retries, no digests
@@ -107,6 +114,8 @@ CONTESTANTS: dict[str, Callable[[Spec], Contestant]] = {
     "s3-fetch": _fetch,
     "local": _local,
     "ranged-get": _ranged_get,
+    "s3-cold-network": functools.partial(_cold, line=NETWORK),
+    "ranged-get-network": functools.partial(_ranged_get, line=NETWORK),
 }
 
 
@@ -130,12 +139,12 @@ def _cache(spec: Spec) -> Path:
     return folder
 
 
-def _served(spec: Spec) -> tuple[str, Any]:
+def _served(spec: Spec, line: float = 0.0) -> tuple[str, Any]:
     """(URI of the data set on a server of its own, the server's process)."""
     from counterfake.storage import open_store
     from jobs.benchmarks import s3_server
 
-    server, endpoint = s3_server.start()
+    server, endpoint = s3_server.start(line)
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ.update(keys | {"AWS_ENDPOINT_URL": endpoint})
     store, local = open_store(f"s3://{BUCKET}/faces"), open_store(spec.inputs["dataset"])

@@ -688,23 +688,28 @@ class _S3Store(Store):
             raise _Again(f"SHA-256 is {found[:16]}… instead of {min(expected_digests)[:16]}…")
         return data, answer
 
-    def _copy(self, key: str, path: Path) -> str | None:
-        """Download in ranges, each with its own deadline; the SHA-256 recorded with the object, if any."""
+    def _copy(self, key: str, path: Path) -> tuple[str | None, str]:
+        """Download in ranges, each with its own deadline: (the SHA-256 recorded with the object, the one of what came).
+
+        What came is hashed from memory, in order, while later ranges are on their way."""
         first, answer = self._first_part(key)
         size = int(answer.get("ContentRange", f"/{len(first)}").rpartition("/")[2])
         with self._disk(path), open(path, "wb") as file, ThreadPoolExecutor(4) as pool:
-            file.write(first)
-            file.flush()
 
-            def part(start: int) -> None:
+            def part(start: int) -> bytes:
                 data = self.read_range(key, start, min(PART_BYTES, size - start))
                 if len(data) != min(PART_BYTES, size - start):
                     raise StorageError(f"{self.uri}/{key} changed while it was read; run again")
                 os.pwrite(file.fileno(), data, start)
+                return data
 
-            list(pool.map(part, range(len(first), size, PART_BYTES)))
+            rest = pool.map(part, range(len(first), size, PART_BYTES))
+            found = hashlib.sha256(first)
+            os.pwrite(file.fileno(), first, 0)
+            for data in rest:
+                found.update(data)
         recorded: str | None = answer.get("Metadata", {}).get("sha256")
-        return recorded
+        return recorded, found.hexdigest()
 
     def _first_part(self, key: str) -> tuple[bytes, dict[str, Any]]:
         """(bytes, answer): its Content-Range tells the size, which saves a request to ask for it."""
@@ -728,8 +733,8 @@ class _S3Store(Store):
         """Download until the digest fits (the recorded one if none is given). Raises CorruptError."""
         wrong: set[str] = set()
         for _ in range(ATTEMPTS):
-            recorded = self._copy(key, path)
-            expected, found = sha256 or recorded, file_sha256(path)
+            recorded, found = self._copy(key, path)
+            expected = sha256 or recorded
             if expected in (None, found):
                 return
             if found in wrong:  # the same wrong bytes again: altered where they are stored, not on the way
@@ -861,15 +866,17 @@ def _drain(body: Any, expected: int, deadline: float) -> bytes:
     # read1 returns what one recv gave, so that a server that drips bytes cannot outlive the deadline
     raw = getattr(body, "_raw_stream", body)
     read = getattr(raw, "read1", raw.read)
-    data = bytearray()
-    while len(data) < expected:
+    chunks: list[bytes] = []
+    received = 0
+    while received < expected:
         if time.monotonic() > deadline:
-            raise _Again(f"stalled after {len(data)} of {expected} bytes")
-        chunk = read(CHUNK_BYTES)
+            raise _Again(f"stalled after {received} of {expected} bytes")
+        chunk = read(min(CHUNK_BYTES, expected - received))
         if not chunk:
-            raise _Again(f"body ended after {len(data)} of {expected} bytes")
-        data += chunk
-    return bytes(data)
+            raise _Again(f"body ended after {received} of {expected} bytes")
+        chunks.append(chunk)
+        received += len(chunk)
+    return b"".join(chunks)
 
 
 def _client(endpoint: str | None, stall_s: float) -> Any:
