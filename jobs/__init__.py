@@ -15,7 +15,7 @@ from counterfake.errors import ConfigError
 
 _PLUMBING = {
     "__main__", "benchmarks", "consent", "console", "data_commands", "demo_report", "doctor", "evaluation_grid",
-    "evaluation_page", "options", "submit", "training",
+    "evaluation_page", "options", "submit", "swap_studio", "training",
 }  # fmt: skip  # no jobs
 
 

@@ -217,6 +217,32 @@ def models_promote(
     Console(as_json=as_json).result(dataclasses.asdict(moved))
 
 
+@models_app.command("compare")
+def models_compare(
+    first: Annotated[str, typer.Argument(help="name@alias, name/3, name, or a bundle folder")],
+    second: Annotated[str, typer.Argument(help="The one to compare it with.")],
+    data: Annotated[str, typer.Option(help="Dataset that both are judged on: faces@3")],
+    split: Annotated[str, typer.Option(help="Of the dataset.")] = "test",
+    sets: Sets = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Two models on the same pictures: every figure, its difference with a 95 % interval, and a paired bootstrap test."""
+    from jobs import compare
+
+    console = Console(as_json=as_json)
+    changes = {"first": first, "second": second, "data.uri": data, "data.split": split}
+    job = config.override(compare.CompareJob(), {**changes, **config.parse_assignments(sets or [])})
+    found = compare.run(job, open_workspace(home, storage, tracking), console=console)
+    if as_json:
+        return console.result(found)
+    title = f"{first} and {second} on {found['n']} pictures of {found['dataset']}, split {split}"
+    console.table(title, ("metric", "first", "second", "difference", "p"), compare.lines(found))
+    return None
+
+
 def _registry(home: Path | None, storage: str | None, tracking: str | None) -> Any:
     from counterfake.registry import Registry
 

@@ -249,6 +249,24 @@ def gc(
 
 
 @app.command()
+def lock(
+    uri: Uri,
+    splits: Annotated[list[str], typer.Option("--split", help="Lock this one; may be repeated.")],
+    home: Home = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Lock splits for good: judged as a whole, every look counted, but never exported, copied, scored or trained on."""
+    from counterfake import locks
+
+    dataset = _open(uri, home, storage)
+    found = locks.lock(dataset, dataset.version(), splits)
+    Console(as_json=as_json).result(
+        {"dataset": f"{dataset.store.uri}@{dataset.version().number}", "locked": found}
+    )
+
+
+@app.command()
 def audit(uri: Uri, home: Home = None, storage: Storage = None, as_json: Json = False) -> None:
     """Leaks between splits, duplicates, balance, and what file headers alone betray. Exit status 1 for a leak."""
     from counterfake import audit as auditing

@@ -1,10 +1,14 @@
 """Judge a detector or an ensemble on a split it has not seen: figures with intervals, plots, a page with the worst mistakes.
 
-    counterfake run evaluate --set model=mobilenetv2-faces@champion --set data.uri=faces@4       2 cores: seconds per 1,000
-    counterfake run evaluate --set model=runs/models/benford-1a2b3c4d --set data.uri=ciplab
+    counterfake run evaluate detector --set model=mobilenetv2-faces@champion --set data.uri=faces@4     2 cores: seconds per 1,000
+    counterfake run evaluate detector --set model=runs/models/benford-1a2b3c4d --set data.uri=ciplab
+    counterfake run evaluate robustness --set model=mobilenetv2-ciplab --set data.uri=ciplab            17 times as long
 
-Leaves `runs/evaluations/<model>-<digest>-on-<dataset>-<version>-<split>/` with evaluation.json and report.html, and the same in MLflow (experiment
-"evaluation"). Intervals: 1,000 resamples of videos or identities. Groups: maker, source, and attributes such as difficulty.
+Leaves `runs/evaluations/<model>-<digest>-on-<dataset>-<version>-<split>/` with evaluation.json and report.html, and the same in
+MLflow (experiment "evaluation"). Intervals: 1,000 resamples of what is linked by video or identity. Groups: maker, source,
+and attributes such as difficulty. Frames of videos are judged by video too, one score each.
+`robustness` adds the grid of evaluation/robustness.py; a stopped grid goes on with the cells that are missing. A locked split
+(`counterfake data lock`) is judged whole, every look is counted, and no row, picture or score of a single row is shown.
 """
 
 from __future__ import annotations
@@ -15,24 +19,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from counterfake import bundle, config, media, predictor, scoring
+from counterfake import bundle, config, locks, predictor, scoring
 from counterfake.data import DataConfig
-from counterfake.errors import ConfigError
-from counterfake.evaluation import report
+from counterfake.errors import ConfigError, DataError
+from counterfake.evaluation import detection, report, robustness
 from counterfake.evaluation.card import METRICS, percent
-from counterfake.evaluation.report import Json, KeyFigures, Pictures, Section, Table, Text
-from counterfake.images import resize
-from counterfake.records import Dataset
+from counterfake.evaluation.report import Json, Section, Text
+from counterfake.predictor import Predictor
+from counterfake.records import Dataset, Version
 from counterfake.registry import Registry
-from counterfake.scoring import Scored
 from counterfake.storage import write_atomic
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
+from jobs import evaluation_grid
 from jobs.console import Console
+from jobs.evaluation_page import Mistakes, figures_section, key_figures, mistake_sections, mistakes
 
-THUMBNAIL = 128  # pixels, of a mistake in the report
+__all__ = ["EvaluateJob", "figures_section", "headline", "key_figures", "publish", "resolve", "run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,12 @@ class EvaluateJob:
     )  # uri, split, where count
     threshold: float = 0.5  # probability from which a picture counts as called fake
     bootstraps: int = 1000  # resamples of each interval
-    seed: int = 0  # of the resamples
+    seed: int = 0  # of the resamples, and of noise in the grid
     attributes: tuple[str, ...] = ("difficulty",)  # of the samples, as groups beside maker and source
+    video: detection.Strategy = "mean_logit"  # how frames of one video become one score: or "confident"
+    grid: bool = False  # also every cell of the robustness grid
+    cells: tuple[str, ...] = ()  # of the grid, like "jpeg 30"; empty = all
+    held_out: bool = False  # refuse a split of which every maker of fakes was trained on
     limit: int = 0  # pictures; 0 = all
     mistakes: int = 12  # pictures of each kind in the report
     register_as: str = ""  # register a copy of the model that carries these figures; "" = do not
@@ -54,42 +61,92 @@ class EvaluateJob:
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1 or self.bootstraps < 0 or self.limit < 0:
             raise ConfigError("threshold lies between 0 and 1; bootstraps and limit are at least 0")
+        robustness.cells(self.cells)
 
 
-PRESETS: dict[str, Callable[[], EvaluateJob]] = {"detector": EvaluateJob}
+def detector() -> EvaluateJob:
+    """Figures, plots, mistakes."""
+    return EvaluateJob()
+
+
+def robust() -> EvaluateJob:
+    """The same, and the robustness grid."""
+    return EvaluateJob(grid=True)
+
+
+PRESETS: dict[str, Callable[[], EvaluateJob]] = {"detector": detector, "robustness": robust}
 
 
 def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Score, judge, draw, log; returns the evaluation and where everything lies."""
     console = console or Console(quiet=True)
-    folder = resolve(job.model, workspace)
-    data = dataclasses.replace(job.data, uri=workspace.dataset(job.data.uri) if job.data.uri else "")
-    loaded = predictor.load(folder)
-    with console.progress(f"scoring {data.split}", job.limit or None) as advance:
-        scored = scoring.score(
-            {loaded.name: loaded}, data, attributes=job.attributes, limit=job.limit, cache=workspace.cache, progress=advance
-        )  # fmt: skip
-    rows = scored.answered()
-    found = rows.evaluate(
-        rows.probabilities[loaded.name], threshold=job.threshold, bootstraps=job.bootstraps, seed=job.seed
-    )
-    evaluation = {**found, "latency_ms": _latency(loaded, data, workspace), "split": data.split}
-    target = workspace.home / "evaluations" / _folder(loaded.bundle, evaluation)
+    loaded = predictor.load(resolve(job.model, workspace))
+    uri = workspace.dataset(job.data.uri) if job.data.uri else ""
+    dataset, version = scoring.opened(dataclasses.replace(job.data, uri=uri), workspace.cache)
+    data = dataclasses.replace(job.data, uri=f"{dataset.store.uri}@{version.number}")
+    locked = _locked(job, dataset, version, data)
+    unseen = _unseen_makers(job, loaded.bundle, version, data)
     with Tracker.at(workspace).start("evaluation", loaded.name, params=config.to_dict(job)) as log:
-        plots = report.detection_plots(rows.fake, rows.probabilities[loaded.name], evaluation)
-        page = _page(
-            job, loaded.bundle, evaluation, plots, _mistakes(job, rows, loaded.name, data, workspace)
+        looks = _look(log, dataset, version, data, loaded.bundle) if locked else 0
+        with console.progress(f"scoring {data.split}", job.limit or None) as advance:
+            scored = scoring.score(
+                {loaded.name: loaded}, data, attributes=job.attributes, limit=job.limit, look=locked,
+                cache=workspace.cache, progress=advance,
+            )  # fmt: skip
+        rows = scored.answered()
+        p = rows.probabilities[loaded.name]
+        settings: dict[str, Any] = {
+            "threshold": job.threshold,
+            "bootstraps": job.bootstraps,
+            "seed": job.seed,
+        }
+        found = rows.evaluate(p, strategy=job.video, **settings)
+        evaluation = {**found, "latency_ms": _latency(loaded, data, workspace), "split": data.split}
+        evaluation |= {"unseen_makers": unseen} | ({"locked": {"looks": looks}} if locked else {})
+        if locked:
+            evaluation["groups"] = _large(evaluation["groups"])
+        if job.grid:
+            grid = evaluation_grid.Grid(
+                predictor=loaded,
+                data=data,
+                settings=settings,
+                limit=job.limit,
+                look=locked,
+                workspace=workspace,
+            )
+            evaluation["robustness"] = grid.run(job.cells, console)
+        target = workspace.home / "evaluations" / _folder(loaded.bundle, evaluation)
+        plots = report.detection_plots(rows.fake, p, evaluation, least=locks.LEAST if locked else 1)
+        shown: Mistakes = {}
+        if not locked:
+            shown = mistakes(loaded, rows, data, job.threshold, job.mistakes, workspace.cache)
+        publish(
+            log, target, evaluation, plots, _page(job, loaded.bundle, evaluation, plots, shown), data.split
         )
-        publish(log, target, evaluation, plots, page, data.split)
     reference = _register(job, workspace, loaded.bundle, evaluation, log.id)
-    console.event(
-        f"AUC {percent(evaluation['auc'])}, accuracy {percent(evaluation['accuracy'])} on {len(rows.ids)} pictures"
-    )
+    _tell(console, evaluation)
     return {
         "model": job.model, "digest": loaded.bundle.digest, "dataset": scored.uri, "run_id": log.id,
         "report": str(target / "report.html"), "evaluation": evaluation, "registered": reference,
         "images_per_second": scored.images_per_second,
     }  # fmt: skip
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person reads of a result."""
+    found = result["evaluation"]
+    short = {
+        METRICS[name]: percent(found[name])
+        for name in ("auc", "accuracy", "recall_real", "recall_fake", "ece")
+    }
+    if found["video"]:
+        short["AUC by video"] = percent(found["video"]["auc"])
+    if worst := (found.get("robustness") or {}).get("worst"):
+        short["worst damage"] = f"{worst['cell']}: AUC {percent(worst['auc'])}"
+    if "locked" in found:
+        short["looks at this locked split"] = found["locked"]["looks"]
+    kept = {key: result[key] for key in ("dataset", "images_per_second", "report", "registered", "run_id")}
+    return {"pictures": found["n"], **short, **kept}
 
 
 def resolve(model: str, workspace: Workspace) -> Path:
@@ -119,117 +176,124 @@ def publish(
 
 
 def scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The values of METRICS that are defined."""
-    return {name: evaluation[name]["value"] for name in METRICS if evaluation[name]["value"] is not None}
-
-
-def figures_section(evaluation: Mapping[str, Any], plots: Mapping[str, bytes]) -> Section:
-    """Table, groups and plots of one evaluation; the ensemble's report has it too."""
-    caption = f"{evaluation['n']:,} pictures in {evaluation['n_clusters']:,} clusters, 95 % intervals by bootstrap of clusters"
-    tables = [
-        Table([name, "n", "AUC", "recall real", "recall fake"], report.group_rows(members))
-        for name, members in evaluation["groups"].items()
-    ]
-    rows = report.metric_rows(evaluation, METRICS)
-    main, pictures = (
-        Table(["metric", "value", "low", "high"], rows, caption),
-        Pictures([("", p) for p in plots.values()]),
-    )
-    return Section("Held-out figures", [main, *tables, pictures])
-
-
-def headline(evaluation: Mapping[str, Any]) -> KeyFigures:
-    """AUC, accuracy, recall on real pictures, calibration error."""
-    share = f"majority class {evaluation['majority']:.3f}"
-    notes = {
-        "auc": "",
-        "accuracy": share,
-        "recall_real": "real pictures that pass",
-        "ece": "calibration error, 15 bins",
-    }
-    names = {"auc": "AUC", "accuracy": "Accuracy", "recall_real": "Real recall", "ece": "ECE"}
-    return KeyFigures([
-        (names[key], f"{evaluation[key]['value']:.3f}", note or _between(evaluation[key])) for key, note in notes.items()
-    ])  # fmt: skip
+    """The values of METRICS that are defined, those by video as video_…, and AUC in every cell of the grid."""
+    found = {name: evaluation[name]["value"] for name in METRICS}
+    found |= {f"video_{name}": (evaluation.get("video") or {}).get(name, {}).get("value") for name in METRICS}
+    grid = (evaluation.get("robustness") or {}).get("cells", {})
+    found |= {f"auc/{cell}": row["auc"]["value"] for cell, row in grid.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 # -- private --------------------------------------------------------------------------------------------------------
 
 
+def _locked(job: EvaluateJob, dataset: Dataset, version: Version, data: DataConfig) -> bool:
+    """Whether the split is locked. Raises ConfigError for a job that would single out some of its rows."""
+    if data.split not in locks.locked(dataset, version):
+        return False
+    if job.limit or data.where:
+        raise ConfigError(
+            f"split {data.split} of {data.uri} is locked and is judged whole; leave limit and data.where out"
+        )
+    return True
+
+
+def _look(log: Run, dataset: Dataset, version: Version, data: DataConfig, model: bundle.Bundle) -> int:
+    """Count this look at a locked split, in the dataset and in MLflow, before anything is scored."""
+    looks = locks.look(dataset, version, data.split, {"run_id": log.id, "model": model.digest})
+    log.tags({"locked_split": f"{data.uri}/{data.split}", "locked_looks": looks})
+    log.metrics({"locked_looks": looks}, 0)
+    return looks
+
+
+def _unseen_makers(
+    job: EvaluateJob, model: bundle.Bundle, version: Version, data: DataConfig
+) -> list[str] | None:
+    """Makers of fakes in this split that the model was not trained on; None where that is not known.
+
+    Known for a model trained on this version, by the makers of its other splits. Raises DataError where job.held_out asks
+    for one and there is none."""
+    trained = (model.info.get("dataset") or {}).get("digest")
+    fakes = [row for row in version.counts if row["fake"] == 1]
+    here = {row["maker"] for row in fakes if data.split in ("*", row["split"])}
+    before = {row["maker"] for row in fakes if row["split"] == "train"}
+    unseen = sorted(here - before) if trained == version.digest else None
+    if job.held_out and not unseen:
+        why = (
+            "not known: the model was trained on other data"
+            if unseen is None
+            else f"{sorted(here)}, all trained on"
+        )
+        raise DataError(
+            f"{data.uri} split {data.split} has no held-out generator (makers: {why}); "
+            "use a split with another maker, or counterfake run evaluate-cross leave-one-out"
+        )
+    return unseen
+
+
+def _large(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Without the groups so small that their figures tell of single rows."""
+    return {name: {k: r for k, r in rows.items() if r["n"] >= locks.LEAST} for name, rows in groups.items()}
+
+
 def _folder(model: bundle.Bundle, evaluation: Mapping[str, Any]) -> str:
     dataset = evaluation["dataset"]
-    judged = f"{dataset['uri'].rstrip('/').rpartition('/')[2]}-{dataset['version']}-{evaluation['split']}"
+    judged = f"{dataset['uri'].rpartition('@')[0].rstrip('/').rpartition('/')[2]}-{dataset['version']}-{evaluation['split']}"
     return f"{model.name}-{model.digest[:8]}-on-{judged.replace('*', 'all')}"
 
 
-def _between(metric: Mapping[str, Any]) -> str:
-    if metric["low"] is None:
-        return "no interval: bootstraps=0"
-    return f"{metric['low']:.3f} to {metric['high']:.3f}"
-
-
-def _latency(loaded: predictor.Predictor, data: DataConfig, workspace: Workspace) -> float | None:
-    dataset = Dataset.open(data.uri, cache=workspace.cache)
-    samples = scoring.labelled(dataset, dataset.version(), data)
+def _latency(loaded: Predictor, data: DataConfig, workspace: Workspace) -> float | None:
+    dataset, version = scoring.opened(data, workspace.cache)
+    samples = scoring.labelled(dataset, version, data)
     pictures = [s.image for s, _ in zip(samples, range(8), strict=False) if s.image is not None]
     return scoring.latency_ms(loaded, pictures) if pictures else None
 
 
-def _mistakes(
-    job: EvaluateJob, rows: Scored, name: str, data: DataConfig, workspace: Workspace
-) -> dict[str, list[tuple[str, bytes]]]:
-    """The real pictures most surely called fake, and the fakes most surely called real: captions and thumbnails."""
-    p, kinds = rows.probabilities[name], {}
-    for title, wrong in (("Real, called fake", (rows.fake == 0) & (p >= job.threshold)),
-                         ("Fake, called real", (rows.fake == 1) & (p < job.threshold))):  # fmt: skip
-        worst = np.flatnonzero(wrong)[np.argsort(-np.abs(p[wrong] - job.threshold))][: job.mistakes]
-        kinds[title] = {rows.ids[i]: float(p[i]) for i in worst}
-    wanted = {key for ids in kinds.values() for key in ids}
-    dataset = Dataset.open(data.uri, cache=workspace.cache)
-    found = (
-        {s.id: s for s in scoring.labelled(dataset, rows.version, data) if s.id in wanted} if wanted else {}
+def _tell(console: Console, evaluation: Mapping[str, Any]) -> None:
+    console.event(
+        f"AUC {percent(evaluation['auc'])}, accuracy {percent(evaluation['accuracy'])} on {evaluation['n']} pictures"
     )
-    return {
-        title: [
-            (f"{found[key].maker}, p = {p:.2f}", _thumbnail(scoring.decoded(found[key]).pixels))
-            for key, p in ids.items()
-        ]
-        for title, ids in kinds.items()
-    }
-
-
-def _thumbnail(pixels: Any) -> bytes:
-    scale = THUMBNAIL / max(pixels.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    return media.encode(resize(pixels, width, height) if scale < 1 else pixels, "jpeg", 85)
+    if film := evaluation["video"]:
+        console.event(f"by video: AUC {percent(film['auc'])} on {film['n']} videos")
+    if worst := (evaluation.get("robustness") or {}).get("worst"):
+        console.event(f"worst damage: {worst['cell']}, AUC {percent(worst['auc'])}")
+    if "locked" in evaluation:
+        console.event(f"a locked split; it has been looked at {evaluation['locked']['looks']} times")
+    if evaluation["unseen_makers"] == []:
+        console.event("every maker of these fakes was trained on: nothing is said of other generators")
 
 
 def _page(
-    job: EvaluateJob, model: bundle.Bundle, evaluation: dict[str, Any], plots: Mapping[str, bytes],
-    mistakes: Mapping[str, list[tuple[str, bytes]]],
+    job: EvaluateJob, model: bundle.Bundle, evaluation: dict[str, Any], plots: Mapping[str, bytes], shown: Mistakes
 ) -> str:  # fmt: skip
-    dataset = evaluation["dataset"]
-    what = f"`{job.model}` (digest `{model.digest[:12]}`) on split `{job.data.split}` of `{dataset['uri']}`, threshold {job.threshold}."
-    unanswered = sum(sum(reasons.values()) for reasons in evaluation["refused"].values())
-    note = (
-        f"\n\n{unanswered} pictures could not be answered and are not in these figures." if unanswered else ""
-    )
-    sections = [
-        Section("What was judged", [Text(what + note), headline(evaluation)]),
-        figures_section(evaluation, plots),
-    ]
-    for title, pictures in mistakes.items():
-        blocks = [Pictures(pictures, size="small")] if pictures else [Text("None.")]
-        sections.append(Section(f"{title}: the surest mistakes", blocks))
-    sections.append(
-        Section(
-            "Everything",
-            [Json("evaluation.json", evaluation), Json("settings of this job", config.to_dict(job))],
-        )
-    )
+    what = Section("What was judged", [Text(_what(job, model, evaluation)), key_figures(evaluation)])
+    sections = [what, figures_section(evaluation, plots)]
+    if "robustness" in evaluation:
+        sections.append(evaluation_grid.section(evaluation["robustness"]))
+    sections += mistake_sections(shown)
+    everything = [Json("evaluation.json", evaluation), Json("settings of this job", config.to_dict(job))]
+    sections.append(Section("Everything", everything))
     return report.html(
         f"Evaluation of {model.name}", sections, subtitle=f"{evaluation['n']:,} held-out pictures"
     )
+
+
+def _what(job: EvaluateJob, model: bundle.Bundle, evaluation: Mapping[str, Any]) -> str:
+    dataset = evaluation["dataset"]["uri"]
+    lines = [
+        f"`{job.model}` (digest `{model.digest[:12]}`) on split `{job.data.split}` of `{dataset}`, threshold {job.threshold}."
+    ]
+    if unanswered := sum(sum(reasons.values()) for reasons in evaluation["refused"].values()):
+        lines.append(f"{unanswered} pictures could not be answered and are not in these figures.")
+    if "locked" in evaluation:
+        lines.append(
+            f"The split is locked: no picture and no score of a single row is shown. Look number {evaluation['locked']['looks']}."
+        )
+    if evaluation["unseen_makers"] == []:
+        lines.append("Every maker of these fakes was trained on: nothing is said of other generators.")
+    elif evaluation["unseen_makers"]:
+        lines.append(f"Never trained on: {', '.join(f'`{maker}`' for maker in evaluation['unseen_makers'])}.")
+    return "\n\n".join(lines)
 
 
 def _register(

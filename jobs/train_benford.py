@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from counterfake import bundle, config, media
+from counterfake import bundle, config, locks, media
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection
@@ -69,6 +69,7 @@ def run(job: BenfordJob, workspace: Workspace, *, console: Console | None = None
     job = config.override(job, {"data.uri": workspace.dataset(job.data.uri)})
     dataset = Dataset.open(job.data.uri, cache=workspace.cache)
     version = dataset.version()
+    locks.refuse(dataset, version, [job.data.split, *filter(None, [job.validation])], "trained on")
     tracked = Tracker.at(workspace).start("detector", job.name, params=config.to_dict(job))
     with tracked as log, _pool(job) as pool:
         log.dataset(job.data.uri, version.number, version.digest, "training")

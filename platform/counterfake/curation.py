@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from counterfake import locks
 from counterfake.errors import ConfigError, DataError
 from counterfake.records import GRACE_SECONDS, Dataset, Report, write_version
 from counterfake.samples import LABELS, Sample
@@ -119,6 +120,7 @@ def derive(
     """
     source = version if isinstance(version, Version) else dataset.version(version)
     rules = conditions(where)
+    locks.refuse(dataset, source, "*", "copied")
     origin = {"derived_from": f"{dataset.store.uri}@{source.number}", "where": [str(rule) for rule in rules]}
     if change is not None:
         origin["change"] = f"{change.__module__}.{change.__qualname__}"
@@ -150,6 +152,8 @@ def merge(
     Sources are united. Raises DataError where a source of one name has different terms, or kinds do not fit.
     """
     found = [(dataset, dataset.version()) for dataset in parts]
+    for dataset, version in found:
+        locks.refuse(dataset, version, "*", "copied")
     names = [f"{dataset.store.uri}@{version.number}" for dataset, version in found]
     rows = (sample for dataset, version in found for sample in _chosen(dataset, version, [], None))
     return write_version(

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from counterfake import media
+from counterfake import locks, media
 from counterfake.config import canonical_json
 from counterfake.errors import ConfigError, DataError, StorageError
 from counterfake.records import Dataset
@@ -62,6 +62,7 @@ def export(
     if format not in get_args(Format):
         raise ConfigError(f"export format is {format!r}; expected one of {', '.join(get_args(Format))}")
     names = list(splits) or list(found.splits)
+    locks.refuse(dataset, found, names, "exported")
     work = _Export(dataset, found, format, {name: found.shards(name) for name in names}, allow_research)
     folder = Path(folder).expanduser().absolute()
     if done := _finished(folder, work.identity):

@@ -16,6 +16,7 @@ class Gate:
     min_recall_real: float | None = None  # share of real pictures that pass as real
     min_recall_fake: float | None = None
     min_worst_group_auc: float | None = None  # of the weakest maker, source, …
+    min_robustness_auc: float | None = None  # of the worst cell of the robustness grid
     max_ece: float | None = None  # expected calibration error
     max_brier: float | None = None
     max_eer: float | None = None
@@ -71,6 +72,8 @@ def figure(evaluation: Mapping[str, Any], metric: str, end: str) -> float | None
         return min(evaluation.get("n_real", 0), evaluation.get("n_fake", 0))
     if metric == "worst_group_auc":
         evaluation, metric = evaluation.get("worst_group") or {}, "auc"
+    if metric == "robustness_auc":
+        evaluation, metric = (evaluation.get("robustness") or {}).get("worst") or {}, "auc"
     found = evaluation.get(metric)
     if isinstance(found, Mapping):
         found = found.get(end, found.get("value"))

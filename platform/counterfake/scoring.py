@@ -1,7 +1,8 @@
 """Stored pictures through detectors: probabilities beside labels, groups and clusters. What evaluation and calibration read.
 
 Pictures are decoded once however many detectors look at them, by the decoder that serving uses. A picture that a detector
-cannot answer stays NaN and is counted by reason; it is never replaced by a number.
+cannot answer stays NaN and is counted by reason; it is never replaced by a number. Shards scored apart are `merged` and
+give the same figures, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from counterfake import locks
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection
+from counterfake.evaluation.robustness import CLEAN, Cell
+from counterfake.faces import Face
+from counterfake.grouping import Links
 from counterfake.predictor import Decoded, Predictor, find_faces
 from counterfake.records import Dataset
 from counterfake.samples import Sample
@@ -38,10 +43,47 @@ class Scored:
     ids: list[str]
     fake: NDArray[np.int64]  # (N,) in {0, 1}
     groups: dict[str, list[str]]  # "maker", "source" and every attribute asked for: N names each
-    clusters: list[str]  # video, else identity, else id: what is not independent shares a name
+    keys: list[tuple[str, ...]]  # identity and video of each row: rows with a common key are not independent
+    videos: list[str]  # source/maker/video; "" = a picture that is no frame
     probabilities: dict[str, NDArray[np.float64]]  # by detector, (N,); NaN = could not answer
     refused: dict[str, dict[str, int]]  # by detector, reason -> pictures
     images_per_second: float
+
+    @property
+    def clusters(self) -> list[str]:
+        """N names; rows linked by identity or video, directly or through others, share one."""
+        names = [min(keys, default=key) for keys, key in zip(self.keys, self.ids, strict=True)]
+        group = Links(self.keys, [""] * len(self.keys)).groups(near_bits=-1)
+        first: dict[int, str] = {}
+        for name, number in zip(names, group.tolist(), strict=True):  # whatever the order of the rows
+            first[number] = min(name, first.get(number, name))
+        return [first[number] for number in group.tolist()]
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """What several workers scored as if one had. DataError if a row comes twice, or versions or detectors differ."""
+        first = parts[0]
+        if len({(part.uri, part.version.digest, *part.probabilities) for part in parts}) > 1:
+            raise DataError(
+                "scores of other versions or other detectors cannot be merged; score all parts alike"
+            )
+        ids = [key for part in parts for key in part.ids]
+        if len(set(ids)) < len(ids):
+            raise DataError(
+                f"{len(ids) - len(set(ids))} rows were scored twice; give each part rows of its own"
+            )
+        return dataclasses.replace(
+            first,
+            ids=ids,
+            fake=np.concatenate([part.fake for part in parts]),
+            groups={name: [v for part in parts for v in part.groups[name]] for name in first.groups},
+            keys=[keys for part in parts for keys in part.keys],
+            videos=[video for part in parts for video in part.videos],
+            probabilities={n: np.concatenate([p.probabilities[n] for p in parts]) for n in first.probabilities},
+            refused={n: dict(sum((collections.Counter(p.refused[n]) for p in parts), collections.Counter()))
+                     for n in first.refused},
+            images_per_second=sum(part.images_per_second for part in parts),
+        )  # fmt: skip
 
     def matrix(self, names: Sequence[str] | None = None) -> NDArray[np.float64]:
         """Probabilities (N, M) of these detectors, or all."""
@@ -55,7 +97,8 @@ class Scored:
             ids=[self.ids[i] for i in index],
             fake=self.fake[index],
             groups={name: [values[i] for i in index] for name, values in self.groups.items()},
-            clusters=[self.clusters[i] for i in index],
+            keys=[self.keys[i] for i in index],
+            videos=[self.videos[i] for i in index],
             probabilities={name: p[index] for name, p in self.probabilities.items()},
         )
 
@@ -73,15 +116,44 @@ class Scored:
         return rows
 
     def evaluate(
-        self, probability: NDArray[np.float64], *, threshold: float, bootstraps: int, seed: int
+        self,
+        probability: NDArray[np.float64],
+        *,
+        threshold: float,
+        bootstraps: int,
+        seed: int,
+        strategy: detection.Strategy = "mean_logit",
     ) -> dict[str, Any]:
-        """`detection.evaluate` of any probability (N,) over these rows, with the data set's name in it."""
+        """`detection.evaluate` of any probability (N,) over these rows, with the data set's name in it.
+
+        "video": the same with one probability per video (`strategy`); None where rows are no frames of videos of both classes.
+        """
+        settings: dict[str, Any] = {"threshold": threshold, "bootstraps": bootstraps, "seed": seed}
         found = detection.evaluate(
-            self.fake, probability, threshold=threshold, groups=self.groups, clusters=self.clusters,
-            bootstraps=bootstraps, seed=seed,
-        )  # fmt: skip
+            self.fake, probability, groups=self._dividing(), clusters=self.clusters, **settings
+        )
         dataset = {"uri": self.uri, "version": self.version.number, "digest": self.version.digest}
-        return {**found, "dataset": dataset, "refused": self.refused}
+        film = self._by_video(probability, strategy, settings)
+        return {**found, "video": film, "dataset": dataset, "refused": self.refused}
+
+    def _dividing(self) -> dict[str, list[str]]:
+        """Without the groups that do not divide the rows."""
+        return {name: values for name, values in self.groups.items() if len(set(values)) > 1}
+
+    def _by_video(
+        self, probability: NDArray[np.float64], strategy: detection.Strategy, settings: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        frames = np.flatnonzero([bool(video) for video in self.videos])
+        if len(np.unique(self.fake[frames])) < 2:
+            return None
+        names = [self.videos[i] for i in frames]
+        films = detection.by_video(names, self.fake[frames], probability[frames], strategy)
+        clusters = self.clusters
+        cluster = dict(zip(names, (clusters[i] for i in frames), strict=True))
+        found = detection.evaluate(
+            films.fake, films.probability, clusters=[cluster[name] for name in films.names], **settings
+        )
+        return {**found, "strategy": strategy, "frames": int(films.frames.sum())}
 
 
 def score(
@@ -90,28 +162,28 @@ def score(
     *,
     attributes: Sequence[str] = ("difficulty",),
     limit: int = 0,
+    cell: Cell = CLEAN,
+    seed: int = 0,
+    look: bool = False,
     cache: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scored:
     """Every labelled row of data.split that data.where allows (at most `limit`, 0 = all) through every predictor.
 
     data's uri, split, where and threads count; order, batches and preprocessing do not: a predictor brings its own.
+    cell: what is done to every picture first, with `seed`. look: the caller has recorded a look at a locked split and keeps
+    its rows to itself; without it a locked split is refused. Raises DataError, ConfigError.
     """
-    if not data.uri:
-        raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
-    dataset = Dataset.open(data.uri, cache=cache)
-    version, rows = dataset.version(), _Rows(attributes)
-    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in predictors}
-    refused: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in predictors}
+    dataset, version = opened(data, cache)
+    if not look:
+        locks.refuse(dataset, version, [data.split], "scored row by row")
+    rows = _Rows(attributes, predictors)
     faces = any(getattr(predictor, "finds_faces", False) for predictor in predictors.values())
+    eyes = any(getattr(predictor, "finds_eyes", False) for predictor in predictors.values())
     started = time.perf_counter()
     with ThreadPoolExecutor(data.threads) as pool:
         for chunk in _chunks(labelled(dataset, version, data), limit):
-            pictures = list(pool.map(lambda sample: decoded(sample, faces), chunk))
-            rows.add(chunk)
-            for name, predictor in predictors.items():
-                parts[name].append(predictor.predict(pictures))
-                refused[name].update(why for p in pictures if (why := predictor.refusal(p)))
+            rows.add(chunk, list(pool.map(lambda sample: decoded(sample, faces, cell, seed, eyes), chunk)))
             if progress:
                 progress(len(chunk))
     if not rows.ids:
@@ -119,11 +191,15 @@ def score(
             f"{data.uri} split {data.split} has no labelled rows{' that fit data.where' if data.where else ''}"
         )
     seconds = time.perf_counter() - started
-    return Scored(
-        version=version, uri=f"{data.uri.partition('@')[0]}@{version.number}", ids=rows.ids, fake=np.array(rows.fake),
-        groups=rows.groups(), clusters=rows.clusters, probabilities={n: np.concatenate(p) for n, p in parts.items()},
-        refused={name: dict(count) for name, count in refused.items()}, images_per_second=len(rows.ids) / seconds,
-    )  # fmt: skip
+    return rows.scored(version, f"{data.uri.partition('@')[0]}@{version.number}", seconds)
+
+
+def opened(data: DataConfig, cache: Path | None) -> tuple[Dataset, Version]:
+    """The dataset and version that data.uri names. Raises ConfigError if it names none, NotFoundError."""
+    if not data.uri:
+        raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
+    dataset = Dataset.open(data.uri, cache=cache)
+    return dataset, dataset.version()
 
 
 def labelled(dataset: Dataset, version: Version, data: DataConfig) -> Iterator[Sample]:
@@ -135,14 +211,17 @@ def labelled(dataset: Dataset, version: Version, data: DataConfig) -> Iterator[S
             yield sample
 
 
-def decoded(sample: Sample, faces: bool = False) -> Decoded:
-    """The sample as a detector reads it. A face is searched only where none was recorded and one is needed."""
+def decoded(
+    sample: Sample, faces: bool = False, cell: Cell = CLEAN, seed: int = 0, eyes: bool = False
+) -> Decoded:
+    """The sample as a detector reads it, damaged by `cell`. A face (and its eyes) is searched only where none was recorded and
+    one is needed."""
     picture = Decoded.of(sample)
-    return (
-        picture
-        if picture.faces or not faces
-        else dataclasses.replace(picture, faces=find_faces(picture.pixels))
-    )
+    if cell != CLEAN:
+        picture = _damaged(picture, cell, (seed, sample.id))
+    if picture.faces or not faces:
+        return picture
+    return dataclasses.replace(picture, faces=find_faces(picture.pixels, eyes))
 
 
 def latency_ms(predictor: Predictor, pictures: Sequence[bytes], repeats: int = 3) -> float:
@@ -159,27 +238,65 @@ def latency_ms(predictor: Predictor, pictures: Sequence[bytes], repeats: int = 3
 
 
 class _Rows:
-    """Labels and names of the rows seen so far."""
+    """What is known of the rows seen so far, and what each predictor said of them."""
 
-    def __init__(self, attributes: Sequence[str]) -> None:
+    def __init__(self, attributes: Sequence[str], predictors: Mapping[str, Predictor]) -> None:
+        self.predictors = predictors
         self.ids: list[str] = []
-        self.fake: list[int] = []
-        self.clusters: list[str] = []
+        self._fake: list[int] = []
+        self._keys: list[tuple[str, ...]] = []
+        self._videos: list[str] = []
         self._groups: dict[str, list[str]] = {name: [] for name in ("maker", "source", *attributes)}
+        self._parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in predictors}
+        self._refused: dict[str, collections.Counter[str]] = {n: collections.Counter() for n in predictors}
 
-    def add(self, samples: Sequence[Sample]) -> None:
+    def add(self, samples: Sequence[Sample], pictures: Sequence[Decoded]) -> None:
+        """Some more rows and their pictures, through every predictor."""
         for sample in samples:
             assert sample.fake is not None
             self.ids.append(sample.id)
-            self.fake.append(sample.fake)
-            self.clusters.append(sample.video or sample.identity or sample.id)
+            self._fake.append(sample.fake)
+            self._videos.append(f"{sample.source}/{sample.maker}/{sample.video}" if sample.video else "")
+            known = {"identity": sample.identity, "video": sample.video}
+            self._keys.append(tuple(f"{name}:{value}" for name, value in known.items() if value is not None))
             for name, values in self._groups.items():
-                known = getattr(sample, name) if name in ("maker", "source") else sample.attributes.get(name)
-                values.append("unknown" if known is None else str(known))
+                found = getattr(sample, name) if name in ("maker", "source") else sample.attributes.get(name)
+                values.append("unknown" if found is None else str(found))
+        for name, predictor in self.predictors.items():
+            self._parts[name].append(predictor.predict(pictures))
+            self._refused[name].update(why for p in pictures if (why := predictor.refusal(p)))
 
-    def groups(self) -> dict[str, list[str]]:
-        """Without the groups that do not divide the rows."""
-        return {name: values for name, values in self._groups.items() if len(set(values)) > 1}
+    def scored(self, version: Version, uri: str, seconds: float) -> Scored:
+        return Scored(
+            version=version,
+            uri=uri,
+            ids=self.ids,
+            fake=np.array(self._fake),
+            groups=self._groups,
+            keys=self._keys,
+            videos=self._videos,
+            probabilities={name: np.concatenate(parts) for name, parts in self._parts.items()},
+            refused={name: dict(count) for name, count in self._refused.items()},
+            images_per_second=len(self.ids) / seconds,
+        )
+
+
+def _damaged(picture: Decoded, cell: Cell, seed: tuple[int, str]) -> Decoded:
+    """The picture through the cell; boxes of faces follow where its size changes."""
+    pixels = cell.apply(picture.pixels, seed)
+    down, across = pixels.shape[0] / picture.pixels.shape[0], pixels.shape[1] / picture.pixels.shape[1]
+    faces = picture.faces
+    if faces and (down, across) != (1.0, 1.0):
+        faces = tuple(_scaled(face, across, down) for face in faces)
+    return dataclasses.replace(picture, pixels=pixels, faces=faces)
+
+
+def _scaled(face: Face, across: float, down: float) -> Face:
+    x, y, width, height = face.box
+    points = [(px * across, py * down) for px, py in face.landmarks] if face.landmarks else face.landmarks
+    return dataclasses.replace(
+        face, box=(x * across, y * down, width * across, height * down), landmarks=points
+    )
 
 
 def _chunks(samples: Iterable[Sample], limit: int) -> Iterator[list[Sample]]:

@@ -39,6 +39,7 @@ def test_values_agree_with_scikit_learn(seed: int, digits: int) -> None:
         "recall_real": reference.recall_score(fake, called, pos_label=0),
         "brier": reference.brier_score_loss(fake, p),
         "tpr_at_fpr_1pct": tpr[fpr <= 0.01].max(),
+        "tpr_at_fpr_0_1pct": tpr[fpr <= 0.001].max(),
         "eer": np.interp(0, fpr - (1 - tpr), fpr),
         "ece": sum(
             abs(fake[b].mean() - p[b].mean()) * b.mean()
@@ -47,6 +48,52 @@ def test_values_agree_with_scikit_learn(seed: int, digits: int) -> None:
         ),
     }
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_recall_at_a_thousandth_is_that_of_the_real_picture_at_its_rank() -> None:
+    """Closed form: of 2,000 real pictures 2 may be accused, so recall is the share of fakes above the third highest."""
+    rng = np.random.default_rng(0)
+    real, fakes = rng.uniform(0, 0.7, 2000), rng.uniform(0.3, 1, 500)
+    found = detection.evaluate([0] * 2000 + [1] * 500, np.concatenate([real, fakes]), bootstraps=0)
+    third = np.sort(real)[-3]
+    assert found["tpr_at_fpr_0_1pct"]["value"] == np.mean(fakes > third)
+
+
+def test_det_is_that_of_scikit_learn() -> None:
+    fake, p = scores()
+    fpr, miss = detection.det(fake, p)
+    theirs_fpr, theirs_miss, _ = reference.det_curve(fake, p)
+    ours = set(zip(fpr.round(12), miss.round(12), strict=True))
+    assert set(zip(theirs_fpr.round(12), theirs_miss.round(12), strict=True)) <= ours
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("clustered", [False, True], ids=["rows", "clusters"])
+def test_shards_merged_in_any_order_give_the_same_bits(ranks: int, clustered: bool) -> None:
+    rng = np.random.default_rng(ranks)
+    fake, p = scores(300, seed=5, digits=2)
+    q = np.round(np.clip(p + rng.normal(0, 0.1, 300), 0, 1), 2)
+    makers = np.where(fake, rng.choice(["gan", "swap"], 300), "camera")
+    clusters = rng.integers(0, 40, 300).astype(str)
+    alone = judged(fake, p, q, makers, clusters if clustered else None)
+    order = np.concatenate([np.arange(300)[rank::ranks] for rank in rng.permutation(ranks)])
+    mixed = clusters[order] if clustered else None
+    assert judged(fake[order], p[order], q[order], makers[order], mixed) == alone
+
+
+def judged(
+    fake: np.ndarray, p: np.ndarray, q: np.ndarray, makers: np.ndarray, clusters: np.ndarray | None
+) -> str:
+    """Everything said of the rows, to the last digit."""
+    names = None if clusters is None else clusters.tolist()
+    found = detection.evaluate(fake, p, groups={"maker": makers.tolist()}, clusters=names, bootstraps=40)
+    return json.dumps([found, detection.paired(fake, p, q, clusters=names, bootstraps=40)])
+
+
+def test_a_single_cluster_has_no_interval() -> None:
+    fake, p = scores(50)
+    found = detection.evaluate(fake, p, clusters=["one"] * 50, bootstraps=20)
+    assert found["auc"]["low"] is None
 
 
 def test_roc_is_that_of_scikit_learn() -> None:
@@ -124,6 +171,65 @@ def test_paired_difference_of_a_score_with_itself_is_zero_and_of_a_better_one_po
     better = np.clip(p + 0.3 * (fake - 0.5), 0, 1)
     assert detection.paired_difference(fake, p, p, bootstraps=20) == {"value": 0, "low": 0, "high": 0}
     assert detection.paired_difference(fake, better, p)["low"] > 0  # type: ignore[operator]
+
+
+def test_paired_says_what_each_has_and_how_sure_the_difference_is() -> None:
+    fake, p = scores(300)
+    better = np.clip(p + 0.3 * (fake - 0.5), 0, 1)
+    found = detection.paired(fake, better, p, bootstraps=99)
+    assert found["auc"]["first"] == detection.evaluate(fake, better, bootstraps=0)["auc"]["value"]
+    assert found["auc"]["difference"]["value"] == found["auc"]["first"] - found["auc"]["second"]
+    assert found["auc"]["p"] == pytest.approx(0.02)  # 2 / (99 + 1): no resample went the other way
+    assert detection.paired(fake, p, p, bootstraps=99)["auc"]["p"] == 1.0
+    assert detection.paired(fake, p, better, bootstraps=0)["auc"]["p"] is None
+
+
+def test_the_paired_test_errs_about_as_often_as_it_says() -> None:
+    """Two equally good detectors: p falls below 0.1 in about a tenth of all sets."""
+    wrong = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        fake = rng.integers(0, 2, 120)
+        first, second = (1 / (1 + np.exp(-(rng.normal(size=120) + fake))) for _ in range(2))
+        found = detection.paired(fake, first, second, metrics=("auc",), bootstraps=199, seed=seed)
+        wrong += found["auc"]["p"] < 0.1
+    assert 6 <= wrong <= 34  # at most 20 expected, sd 4.2
+
+
+def test_a_video_is_the_sigmoid_of_its_mean_logit() -> None:
+    p = np.array([0.2, 0.9, 0.6, 0.5, np.nan, np.nan])
+    films = detection.by_video(["b", "a", "b", "a", "a", "c"], [0, 1, 0, 1, 1, 0], p)
+    assert films.names == ["a", "b"]
+    assert films.empty == ["c"]
+    assert films.frames.tolist() == [2, 2]
+    logit = [(np.log(9) + 0) / 2, (np.log(0.25) + np.log(1.5)) / 2]
+    np.testing.assert_allclose(films.probability, 1 / (1 + np.exp(-np.array(logit))), rtol=1e-12)
+    assert films.fake.tolist() == [1, 0]
+
+
+def test_confident_frames_decide_as_in_the_published_code() -> None:
+    surely_fake = np.array([0.95] * 14 + [0.1] * 18)  # 14 > 32 // 2.5 = 12 and > 11
+    assert detection.confident(surely_fake) == pytest.approx(0.95)
+    assert detection.confident(surely_fake[3:]) == pytest.approx(
+        np.mean(surely_fake[3:])
+    )  # 11 are not more than 11
+    assert detection.confident(np.array([0.05] * 19 + [0.7])) == pytest.approx(0.05)  # 95 % below 0.2
+    assert detection.confident(np.array([0.05] * 18 + [0.7] * 2)) == pytest.approx(0.115)  # 90 % is not more
+
+
+def test_videos_that_cannot_be_judged_are_named() -> None:
+    with pytest.raises(DataError, match=r"none of 1 videos has a frame"):
+        detection.by_video(["a"], [1], [np.nan])
+    with pytest.raises(DataError, match=r"video a has real and fake frames"):
+        detection.by_video(["a", "a"], [1, 0], [0.5, 0.5])
+
+
+def test_bins_of_few_rows_are_not_shown() -> None:
+    fake, p = np.array([0] * 20 + [1] * 3), np.array([0.11] * 20 + [0.91] * 3)
+    whole, hidden = detection.histogram(fake, p), detection.histogram(fake, p, least=10)
+    assert (whole["real"].sum(), whole["fake"].sum()) == (20, 3)
+    assert (hidden["real"].sum(), hidden["fake"].sum()) == (20, 0)
+    assert sum(detection.reliability(fake, p, least=10)["count"]) == 20
 
 
 def test_a_thousand_resamples_of_two_thousand_rows_take_under_two_seconds() -> None:

@@ -47,8 +47,9 @@ def test_plots_are_pictures(judged: tuple[np.ndarray, np.ndarray, dict]) -> None
     curves = report.curves_plot(
         {"loss": [(0, 2.0), (1, 1.0), (2, 0.5)], "one": [(1, 1.0)]}, y="loss", log=True
     )
-    assert set(plots) == {"roc", "scores", "reliability", "confusion"}
-    for data in [*plots.values(), curves]:
+    assert set(plots) == {"roc", "det", "scores", "reliability", "confusion"}
+    heat = report.heatmap_plot([("a", [("home", 0.9), ("", None)])], title="Heat", columns=["x", "y"])
+    for data in [*plots.values(), curves, heat]:
         picture = Image.open(io.BytesIO(data))
         assert picture.format == "PNG"
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20

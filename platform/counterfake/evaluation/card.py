@@ -17,6 +17,7 @@ METRICS = {
     "recall_real": "recall on real pictures",
     "recall_fake": "recall on fakes",
     "tpr_at_fpr_1pct": "recall on fakes at 1 % false accusations",
+    "tpr_at_fpr_0_1pct": "recall on fakes at 0.1 % false accusations",
     "ece": "calibration error (ECE, 15 bins)",
     "brier": "Brier score",
 }

@@ -3,13 +3,15 @@
 Everything is computed from a matrix of row weights (B, N): one row of ones gives the values, B rows of cluster counts give
 the bootstrap, so value and interval come from the same lines. Rows of one identity or one video are not independent:
 clusters, not rows, are drawn (https://doi.org/10.1214/aos/1176344552; for clusters Field and Welsh 2007).
+Rows are put into one order first, so that the same rows give the same bits however they were shared out and merged.
 Legend: B resamples, N rows, U distinct scores in descending order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,8 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from counterfake.errors import DataError
 
 Floats = NDArray[np.float64]
-CURVE = ("auc", "average_precision", "eer", "tpr_at_fpr_1pct")
+CURVE = ("auc", "average_precision", "eer", "tpr_at_fpr_1pct", "tpr_at_fpr_0_1pct")
 METRICS = (*CURVE, "accuracy", "recall_real", "recall_fake", "ece", "brier")
+Strategy = Literal["mean_logit", "confident"]
+CLIP = 1e-4  # a forest says exactly 0 or 1; one such frame must not outvote a whole video
 BINS = 15  # of the expected calibration error
 MIN_GROUP = 10  # rows; smaller groups are shown but do not count as the worst group
 _KEPT = 1 << 24  # cluster counts kept for the next group; more are drawn again
@@ -42,6 +46,8 @@ def evaluate(
     Raises DataError if a class is missing, or a probability is not finite or outside [0, 1].
     """
     y, p = _checked(fake, probability)
+    order = _one_order(y, (p,), clusters, groups)
+    y, p, clusters = y[order], p[order], _taken(clusters, order)
     drawn = _Resamples(clusters, len(y), bootstraps, seed)
     result = _figures(y, p, np.arange(len(y)), METRICS, threshold, drawn)
     result |= {
@@ -50,21 +56,89 @@ def evaluate(
         "groups": {}, "worst_group": None,
     }  # fmt: skip
     for name, values in (groups or {}).items():
-        result["groups"][name] = _group_table(y, p, values, threshold, drawn)
+        result["groups"][name] = _group_table(y, p, [values[i] for i in order], threshold, drawn)
     result["worst_group"] = _worst(result["groups"])
     return result
+
+
+def paired(
+    fake: ArrayLike, first: ArrayLike, second: ArrayLike, *, metrics: Sequence[str] = METRICS, threshold: float = 0.5,
+    clusters: Sequence[str] | None = None, bootstraps: int = 1000, seed: int = 0,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Two scores of the same N rows -> per metric {"first", "second", "difference": {value, low, high}, "p"}.
+
+    difference = first - second over the same resamples of clusters; an interval without 0 is a difference that holds.
+    p: two-sided, (1 + the rarer sign among the B differences) * 2 / (B + 1), zeros counted on both sides (Davison and
+    Hinkley 1997, section 4.4); None without resamples.
+    """
+    (y, a), (_, b) = _checked(fake, first), _checked(fake, second)
+    order = _one_order(y, (a, b), clusters, None)
+    y, a, b = y[order], a[order], b[order]
+    drawn = _Resamples(_taken(clusters, order), len(y), bootstraps, seed)
+    found = [_all(y, p, np.arange(len(y)), metrics, threshold, drawn) for p in (a, b)]
+    return {name: _compared(found[0][name], found[1][name]) for name in metrics}
 
 
 def paired_difference(
     fake: ArrayLike, first: ArrayLike, second: ArrayLike, *, metric: str = "auc", threshold: float = 0.5,
     clusters: Sequence[str] | None = None, bootstraps: int = 1000, seed: int = 0,
 ) -> dict[str, float | None]:  # fmt: skip
-    """metric(first) - metric(second) over the same resamples; an interval without 0 is a difference that holds."""
-    (y, a), (_, b) = _checked(fake, first), _checked(fake, second)
-    drawn = _Resamples(clusters, len(y), bootstraps, seed)
-    rows = np.arange(len(y))
-    values = [_all(y, p, rows, (metric,), threshold, drawn)[metric] for p in (a, b)]
-    return _interval(values[0] - values[1])
+    """metric(first) - metric(second) with its interval: one line of `paired`."""
+    found = paired(
+        fake, first, second, metrics=(metric,), threshold=threshold, clusters=clusters, bootstraps=bootstraps, seed=seed
+    )  # fmt: skip
+    difference: dict[str, float | None] = found[metric]["difference"]
+    return difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Videos:
+    """One row per video, by name. `empty`: videos of which no frame has a probability; they have no row."""
+
+    names: list[str]
+    fake: NDArray[np.int64]  # (V,)
+    probability: Floats  # (V,)
+    frames: NDArray[np.int64]  # (V,) that have a probability
+    empty: list[str]
+
+
+def by_video(
+    videos: Sequence[str], fake: ArrayLike, probability: ArrayLike, strategy: Strategy = "mean_logit"
+) -> Videos:
+    """Frames of videos (N names, labels, probabilities; NaN = no answer) -> one probability for each video.
+
+    mean_logit: sigmoid of the mean logit, probabilities clipped to [CLIP, 1 - CLIP]; confident: see `confident`.
+    Raises DataError for a video with frames of both labels, or if no frame of any video has a probability.
+    """
+    p, y = np.asarray(probability, dtype=np.float64), np.asarray(fake)
+    names, index = np.unique(np.asarray(videos, dtype=str), return_inverse=True)
+    rows = [np.flatnonzero(index == i) for i in range(len(names))]
+    if mixed := [str(n) for n, inside in zip(names, rows, strict=True) if len(np.unique(y[inside])) > 1]:
+        raise DataError(f"video {mixed[0]} has real and fake frames; key videos by dataset, method and video")
+    seen = [inside[np.isfinite(p[inside])] for inside in rows]
+    kept = [i for i, inside in enumerate(seen) if len(inside)]
+    if not kept:
+        raise DataError(
+            f"none of {len(names)} videos has a frame that could be judged; look at the reasons in `refused`"
+        )
+    join = _mean_logit if strategy == "mean_logit" else confident
+    return Videos(
+        names=[str(names[i]) for i in kept],
+        fake=np.array([y[seen[i][0]] for i in kept], np.int64),
+        probability=np.array([join(np.sort(p[seen[i]])) for i in kept]),
+        frames=np.array([len(seen[i]) for i in kept], np.int64),
+        empty=[str(names[i]) for i, inside in enumerate(seen) if not len(inside)],
+    )
+
+
+def confident(p: Floats) -> float:
+    """Probabilities of the frames of one video (T,) -> one, after the winner of the DFDC challenge (kernel_utils.py of
+    https://github.com/selimsef/dfdc_deepfake_challenge): where more than 11 frames and more than T // 2.5 are above 0.8, the mean
+    of those; where more than 90 % are below 0.2, the mean of those; else the mean."""
+    fakes, reals = p[p > 0.8], p[p < 0.2]
+    if len(fakes) > len(p) // 2.5 and len(fakes) > 11:
+        return float(fakes.mean())
+    return float(reals.mean() if len(reals) > 0.9 * len(p) else p.mean())
 
 
 def roc(fake: ArrayLike, score: ArrayLike) -> tuple[Floats, Floats, Floats]:
@@ -80,12 +154,32 @@ def roc(fake: ArrayLike, score: ArrayLike) -> tuple[Floats, Floats, Floats]:
     )
 
 
-def reliability(fake: ArrayLike, probability: ArrayLike, bins: int = BINS) -> dict[str, list[float]]:
-    """Per non-empty bin: mean probability, share of fakes, number of rows. What the reliability plot shows."""
+def det(fake: ArrayLike, score: ArrayLike) -> tuple[Floats, Floats]:
+    """(false positive rate, miss rate): the points of `roc` as error against error (Martin et al. 1997)."""
+    fpr, tpr, _ = roc(fake, score)
+    return fpr, 1 - tpr
+
+
+def histogram(
+    fake: ArrayLike, probability: ArrayLike, bins: int = 30, least: int = 1
+) -> dict[str, NDArray[np.int64]]:
+    """{"real", "fake"}: rows in each of `bins` equal parts of [0, 1]; a bin of a class with fewer than `least` shows 0."""
+    y, p = _checked(fake, probability)
+    index = _bins(p, bins)
+    counts = {
+        name: np.bincount(index[y == label], minlength=bins) for label, name in ((0, "real"), (1, "fake"))
+    }
+    return {name: np.where(count < least, 0, count) for name, count in counts.items()}
+
+
+def reliability(
+    fake: ArrayLike, probability: ArrayLike, bins: int = BINS, least: int = 1
+) -> dict[str, list[float]]:
+    """Per bin of at least `least` rows: mean probability, share of fakes, number of rows. What the reliability plot shows."""
     y, p = _checked(fake, probability)
     index = _bins(p, bins)
     count = np.bincount(index, minlength=bins)
-    full = count > 0
+    full = count >= max(1, least)
     mean, share = (np.bincount(index, weights=v, minlength=bins)[full] / count[full] for v in (p, y))
     return {"probability": mean.tolist(), "share": share.tolist(), "count": count[full].tolist()}
 
@@ -114,6 +208,36 @@ def _checked(fake: ArrayLike, score: ArrayLike, *, probability: bool = True) -> 
     return y, p
 
 
+def _one_order(
+    y: Floats, scores: Sequence[Floats], clusters: Sequence[str] | None, groups: Mapping[str, Sequence[str]] | None
+) -> NDArray[np.int64]:  # fmt: skip
+    """(N,) an order of the rows that depends on what they are and not on how they came."""
+    names = [*(groups or {}).values(), *([clusters] if clusters is not None else [])]
+    if wrong := [len(values) for values in names if len(values) != len(y)]:
+        raise DataError(f"{len(y)} rows but {wrong[0]} group or cluster names; give one per row")
+    codes = [np.unique(np.asarray(values, dtype=str), return_inverse=True)[1] for values in names]
+    return np.asarray(np.lexsort((*codes, y, *(-score for score in reversed(scores)))))
+
+
+def _taken(names: Sequence[str] | None, order: NDArray[np.int64]) -> Sequence[str] | None:
+    return None if names is None else [names[i] for i in order]
+
+
+def _compared(first: Floats, second: Floats) -> dict[str, Any]:
+    apart = first - second
+    drawn = apart[1:][np.isfinite(apart[1:])]
+    rarer = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    values = [float(v[0]) if np.isfinite(v[0]) else None for v in (first, second)]
+    p = min(1.0, 2 * (1 + rarer) / (len(drawn) + 1)) if len(drawn) else None
+    return {"first": values[0], "second": values[1], "difference": _interval(apart), "p": p}
+
+
+def _mean_logit(p: Floats) -> float:
+    clipped = np.clip(p, CLIP, 1 - CLIP)
+    mean = float(np.mean(np.log(clipped) - np.log1p(-clipped)))
+    return float(0.5 * (1 + np.tanh(0.5 * mean)))
+
+
 class _Resamples:
     """Row weights of the bootstrap: first one row of ones, then how often each row's cluster was drawn."""
 
@@ -123,7 +247,11 @@ class _Resamples:
         names = (
             np.arange(rows) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
         )
-        self.index, self.clusters, self.bootstraps, self.seed = names, int(names.max()) + 1, bootstraps, seed
+        self.index, self.clusters, self.seed = names, int(names.max()) + 1, seed
+        self.bootstraps = (
+            bootstraps if self.clusters > 1 else 0
+        )  # resamples of one cluster are all alike, which would look certain
+        bootstraps = self.bootstraps
         self._kept = self._draw(0, bootstraps) if bootstraps * self.clusters <= _KEPT else None
 
     def counts(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -202,6 +330,7 @@ class _Plan:
             "average_precision": (fakes * tps / seen).sum(axis=1) / n_fake[:, 0],
             "eer": _equal_error(fpr, 1 - tpr),
             "tpr_at_fpr_1pct": np.where(fpr <= 0.01, tpr, 0).max(axis=1),
+            "tpr_at_fpr_0_1pct": np.where(fpr <= 0.001, tpr, 0).max(axis=1),
         }
         return {name: np.where(empty, np.nan, values) for name, values in curve.items()}
 

@@ -12,11 +12,12 @@ import html as escaping
 import io
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from counterfake.evaluation import detection
 
@@ -33,27 +34,67 @@ DPI = 144
 
 
 def roc_plot(
-    fake: ArrayLike, probability: ArrayLike, *, auc: Mapping[str, Any] | None = None, title: str = "ROC"
+    fake: ArrayLike,
+    probability: ArrayLike,
+    *,
+    auc: Mapping[str, Any] | None = None,
+    title: str = "ROC",
+    least: int = 1,
 ) -> bytes:
-    """Recall on fakes over false accusations, with the equal-error point. auc: the metric with its interval."""
+    """Recall on fakes over false accusations, with the equal-error point. auc: the metric with its interval.
+
+    least above 1: no corner of the curve shows a single row; it is drawn through 41 fixed rates.
+    """
     fpr, tpr, _ = detection.roc(fake, probability)
+    area = auc or {"value": float(np.trapezoid(tpr, fpr))}
+    fpr, tpr = _coarse(fpr, tpr) if least > 1 else (fpr, tpr)
     figure, axes = _axes(title, "real pictures called fake", "fakes found")
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     axes.plot([0, 1], [1, 0], color=FAINT, linewidth=0.6, linestyle=(0, (2, 3)))
     axes.plot(fpr, tpr, color=FAKE, linewidth=2, clip_on=False)
     axes.fill_between(fpr, tpr, color=FAKE, alpha=0.07, linewidth=0)
-    found = auc or {"value": float(np.trapezoid(tpr, fpr))}
-    text = f"AUC {found['value']:.3f}"
-    if found.get("low") is not None:
-        text += f"\n95 % interval {found['low']:.3f} to {found['high']:.3f}"
+    text = f"AUC {area['value']:.3f}"
+    if area.get("low") is not None:
+        text += f"\n95 % interval {area['low']:.3f} to {area['high']:.3f}"
     axes.text(0.97, 0.05, text, ha="right", va="bottom", transform=axes.transAxes, color=INK)
     _unit(axes)
     return _png(figure)
 
 
-def reliability_plot(fake: ArrayLike, probability: ArrayLike, *, title: str = "Reliability") -> bytes:
-    """Share of fakes over stated probability; dot area follows the number of pictures in the bin."""
-    bins = detection.reliability(fake, probability)
+def det_plot(
+    fake: ArrayLike,
+    probability: ArrayLike,
+    *,
+    eer: Mapping[str, Any] | None = None,
+    title: str = "DET",
+    least: int = 1,
+) -> bytes:
+    """Misses over false accusations on normal-deviate axes, where two normal classes give a straight line.
+
+    Martin et al. 1997, "The DET curve in assessment of detection task performance". Ends at 0.1 % and 99.9 %."""
+    fpr, miss = detection.det(fake, probability)
+    fpr, miss = _coarse(fpr, miss) if least > 1 else (fpr, miss)
+    figure, axes = _axes(title, "real pictures called fake, %", "fakes missed, %")
+    low, high = _deviate(0.001), _deviate(0.999)
+    axes.plot([low, high], [low, high], color=FAINT, linewidth=0.6, linestyle=(0, (2, 3)))
+    axes.plot(_deviate(fpr), _deviate(miss), color=FAKE, linewidth=2)
+    if eer and eer.get("value") is not None:
+        axes.text(0.97, 0.95, f"EER {100 * eer['value']:.1f} %", ha="right", va="top", transform=axes.transAxes, color=INK)  # fmt: skip
+    ticks = [0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99]
+    names = [f"{100 * tick:g}" for tick in ticks]
+    axes.set(
+        xlim=(low, high), ylim=(low, high), aspect="equal", xticks=_deviate(ticks), yticks=_deviate(ticks)
+    )
+    axes.set_xticklabels(names)
+    axes.set_yticklabels(names)
+    return _png(figure)
+
+
+def reliability_plot(
+    fake: ArrayLike, probability: ArrayLike, *, title: str = "Reliability", least: int = 1
+) -> bytes:
+    """Share of fakes over stated probability; dot area follows the number of pictures in the bin, of `least` at least."""
+    bins = detection.reliability(fake, probability, least=least)
     figure, axes = _axes(title, "stated probability of fake", "share that is fake")
     count = np.array(bins["count"])
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
@@ -61,7 +102,7 @@ def reliability_plot(fake: ArrayLike, probability: ArrayLike, *, title: str = "R
     axes.scatter(
         bins["probability"],
         bins["share"],
-        s=16 + 220 * count / count.max(),
+        s=16 + 220 * count / count.max(initial=1),
         color=FAKE,
         alpha=0.85,
         linewidth=0,
@@ -72,18 +113,50 @@ def reliability_plot(fake: ArrayLike, probability: ArrayLike, *, title: str = "R
 
 
 def score_histogram(
-    fake: ArrayLike, probability: ArrayLike, *, threshold: float | None = None, title: str = "Scores"
+    fake: ArrayLike,
+    probability: ArrayLike,
+    *,
+    threshold: float | None = None,
+    title: str = "Scores",
+    least: int = 1,
 ) -> bytes:
-    """How many real pictures and fakes get which probability."""
-    y, p = np.asarray(fake), np.asarray(probability, dtype=np.float64)
+    """How many real pictures and fakes get which probability; bars of fewer than `least` pictures are left out."""
+    counts = detection.histogram(fake, probability, least=least)
     figure, axes = _axes(title, "probability of fake", "pictures")
-    for label, name, colour in ((0, "real", REAL), (1, "fake", FAKE)):
-        axes.hist(p[y == label], bins=np.linspace(0, 1, 31).tolist(), color=colour, alpha=0.6, label=name)
+    for name, colour in (("real", REAL), ("fake", FAKE)):
+        edges = np.linspace(0, 1, len(counts[name]) + 1)
+        axes.stairs(counts[name], edges, color=colour, alpha=0.6, label=name, fill=True)
     if threshold is not None:
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(0, 1)
     axes.set_box_aspect(1)
     _legend(axes)
+    return _png(figure)
+
+
+def heatmap_plot(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float | None]]]],
+    *,
+    title: str,
+    low: float = 0.5,
+    columns: Sequence[str] = (),
+) -> bytes:
+    """Rows of cells (small print, value), coloured from `low` (orange) to 1 (blue); None is grey. columns: names above."""
+    most = max(len(cells) for _, cells in rows)
+    figure, axes = _axes(title, "", "", square=False)
+    wide = max(len(name) for name, _ in rows)
+    figure.set_size_inches(1.2 + 0.09 * wide + 1.25 * most, 0.9 + 0.55 * len(rows))
+    for y, (_, cells) in enumerate(rows):
+        for x, (name, value) in enumerate(cells):
+            _heat_cell(axes, x, y, name, value, low)
+    axes.set(xlim=(0, most), ylim=(len(rows), 0), yticks=[y + 0.5 for y in range(len(rows))], xticks=[])
+    axes.set_yticklabels([name for name, _ in rows])
+    if columns:
+        axes.set_xticks([x + 0.5 for x in range(most)], columns)
+        axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
     return _png(figure)
 
 
@@ -142,14 +215,15 @@ def curves_plot(
 
 
 def detection_plots(
-    fake: ArrayLike, probability: ArrayLike, evaluation: Mapping[str, Any]
+    fake: ArrayLike, probability: ArrayLike, evaluation: Mapping[str, Any], *, least: int = 1
 ) -> dict[str, bytes]:
-    """The four plots of one evaluation, by file name without ending."""
+    """The five plots of one evaluation, by file name without ending. least: rows below which nothing of a bin is shown."""
     threshold = float(evaluation["threshold"])
     return {
-        "roc": roc_plot(fake, probability, auc=evaluation["auc"]),
-        "scores": score_histogram(fake, probability, threshold=threshold),
-        "reliability": reliability_plot(fake, probability),
+        "roc": roc_plot(fake, probability, auc=evaluation["auc"], least=least),
+        "det": det_plot(fake, probability, eer=evaluation["eer"], least=least),
+        "scores": score_histogram(fake, probability, threshold=threshold, least=least),
+        "reliability": reliability_plot(fake, probability, least=least),
         "confusion": confusion_plot(fake, probability, threshold=threshold),
     }
 
@@ -213,7 +287,8 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """(caption, PNG, JPEG or WEBP bytes) in a grid. size: small for samples, wide for plots, full for one big picture."""
+    """(caption, PNG, JPEG or WEBP bytes) in a grid. size: small for samples, pairs for two side by side,
+    wide for plots, full for one big picture."""
 
     pictures: Sequence[tuple[str, bytes]]
     size: str = "wide"
@@ -315,6 +390,41 @@ def _axes(title: str, x: str, y: str, *, square: bool = True) -> tuple[Figure, A
     return figure, axes
 
 
+def _coarse(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A rising curve through 41 evenly spread places."""
+    places = np.linspace(0, 1, 41)
+    return places, np.interp(places, x, y)
+
+
+def _deviate(share: ArrayLike) -> Any:
+    """Normal deviate of a share, held within 0.1 % and 99.9 %."""
+    inverse = np.vectorize(statistics.NormalDist().inv_cdf, otypes=[np.float64])
+    return inverse(np.clip(share, 0.001, 0.999))
+
+
+def _heat_cell(axes: Axes, x: int, y: int, name: str, value: float | None, low: float) -> None:
+    share = 0.0 if value is None else float(np.clip((value - low) / (1 - low), 0, 1))
+    colour = [(1 - share) * a + share * b for a, b in zip(_rgb(FAKE), _rgb(REAL), strict=True)]
+    place = ([x + 0.03, x + 0.97], y + 0.05, y + 0.95)
+    if value is None:
+        axes.fill_between(*place, linewidth=0, color=FAINT, alpha=0.25)
+    else:
+        axes.fill_between(*place, linewidth=0, color=colour, alpha=0.85)
+    text = "–" if value is None else f"{value:.3f}"
+    ink = INK if value is None else "white"
+    axes.text(
+        x + 0.5, y + (0.5 if not name else 0.62), text, ha="center", va="center", color=ink, fontsize=10
+    )
+    if name:
+        axes.text(x + 0.5, y + 0.28, name, ha="center", va="center", color=ink, fontsize=7.5)
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
 def _unit(axes: Axes) -> None:
     ticks = [0, 0.25, 0.5, 0.75, 1]
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=ticks, yticks=ticks, aspect="equal")
@@ -402,6 +512,7 @@ caption{text-align:left;color:var(--soft);font-size:.88rem;padding-bottom:.4rem}
 th,td{text-align:left;padding:.38rem 1.4rem .38rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;color:var(--soft);font-size:.85rem;border-bottom-color:var(--soft)}.n{text-align:right}
 .pictures{display:grid;gap:1.1rem;margin:1.2rem 0;align-items:start}
+.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,13rem),1fr))}
 .small{grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr))}.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr))}
 .samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr))}
 figure{margin:0}img{display:block;max-width:100%;width:100%;height:auto;border-radius:.5rem}
