@@ -6,6 +6,7 @@
     counterfake run benchmark autoencoder --json the article's autoencoder at batch 32, against plain torch and Keras fit
     counterfake run benchmark swap --json        the face swap of 2017, against its step in plain torch; 5 min
     counterfake run benchmark serving --json     MobileNetV2 in a bundle, against eager torch, ONNX Runtime, OpenVINO; 2 min
+    counterfake run benchmark inference --json   the same network in every runtime a bundle can record, fp32, bf16 and int8; 3 min
     counterfake run benchmark forensics --json   Benford features, against a loop over coefficients with curve_fit; 1 min
     counterfake run benchmark growth             seconds and memory of a dataset of 10^4 to 10^7 rows; no peers
 
@@ -37,7 +38,9 @@ from jobs.console import Console
 class BenchmarkJob:
     """One benchmark: on what, for how long, against whom."""
 
-    name: Literal["loader", "storage", "gan", "swap", "autoencoder", "serving", "forensics", "growth"]
+    name: Literal[
+        "loader", "storage", "gan", "swap", "autoencoder", "serving", "inference", "forensics", "growth"
+    ]
     pictures: int  # of the input
     size: int  # side of a picture, pixels
     batch_size: int  # pictures per batch, step or call
@@ -232,6 +235,11 @@ def serving() -> BenchmarkJob:
     return BenchmarkJob(name="serving", pictures=8, size=224, batch_size=8, seconds=4)
 
 
+def inference() -> BenchmarkJob:
+    """Pixels through MobileNetV2 in every runtime a bundle can record, in batches of 8 and one by one."""
+    return BenchmarkJob(name="inference", pictures=32, size=224, batch_size=8, seconds=3)
+
+
 def forensics() -> BenchmarkJob:
     """The 540 Benford features of 256-pixel pictures."""
     return BenchmarkJob(name="forensics", pictures=32, size=256, batch_size=8, threads=1, seconds=4)
@@ -249,6 +257,7 @@ PRESETS: dict[str, Callable[[], BenchmarkJob]] = {
     "swap": swap,
     "autoencoder": autoencoder,
     "serving": serving,
+    "inference": inference,
     "forensics": forensics,
     "growth": growth,
 }

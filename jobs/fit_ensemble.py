@@ -1,11 +1,13 @@
 """Stack and calibrate detectors into one model with an error rate, judge it, and make it champion if it passes the gate.
 
     counterfake run fit_ensemble ensemble --set members=[mobilenetv2-ciplab,benford] --set data.uri=ciplab
+    counterfake run fit_ensemble ensemble --set stacking=boosted --set coverage_splits=100
     counterfake run fit_ensemble demo                                                       2 cores: seconds
 
 Temperatures, stacking weights and conformal quantiles come from data.split=calibration, which neither training nor the
-test used (its two halves do not share an identity or a video). The figures come from `test`, the single members' and
-the gain over the best of them beside them. Leaves `runs/evaluations/<name>-<digest>/report.html`.
+test used (its two halves do not share an identity or a video). A video is one row there, the mean logit of its frames. The
+figures come from `test`, the single members' and the gain over the best of them beside them. coverage_splits counts false
+accusations and misses over random halves of all held-out rows. Leaves `runs/evaluations/<name>-<digest>/report.html`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from counterfake import bundle, config, predictor, scoring
 from counterfake.data import DataConfig
-from counterfake.ensemble import Ensemble
+from counterfake.ensemble import Ensemble, Stacking, coverage
 from counterfake.errors import ConfigError
 from counterfake.evaluation import detection, report
 from counterfake.evaluation.card import percent
@@ -32,7 +34,7 @@ from counterfake.scoring import Scored
 from counterfake.tracking import Tracker
 from counterfake.workspace import Workspace
 from jobs.console import Console
-from jobs.evaluate import figures_section, headline, publish, resolve
+from jobs.evaluate import figures_section, key_figures, publish, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,11 @@ class EnsembleJob:
         default_factory=lambda: DataConfig(split="test")
     )  # that the figures come from; its uri "" = that of data
     alpha: float = 0.05  # error rate of each of the two accusations; needs 1/alpha - 1 rows per class in half of data.split
+    stacking: Stacking = "logistic"  # or small boosted trees over it, which need some hundred rows
+    by_video: bool = (
+        True  # one row per video, the mean logit of its frames; false: every frame counts as a picture
+    )
+    coverage_splits: int = 0  # random halves over which coverage is counted; 0 = not
     threshold: float = 0.5  # for figures that need a yes or no
     bootstraps: int = 1000  # resamples of each interval
     seed: int = 0  # of the resamples
@@ -63,6 +70,10 @@ class EnsembleJob:
             raise ConfigError(
                 f"data and test are both split {self.data.split!r}; calibrate and judge on different splits"
             )
+        if self.coverage_splits < 0 or self.coverage_splits == 1:
+            raise ConfigError(
+                f"coverage_splits is {self.coverage_splits}; 0 counts nothing, 2 or more give a spread"
+            )
 
 
 def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
@@ -71,17 +82,15 @@ def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = Non
     members = _members(job, workspace)
     with Tracker.at(workspace).start("ensemble", job.name, params=config.to_dict(job)) as log:
         held = _score(job, members, job.data, workspace, console)
-        names = list(members)
+        names, known = list(members), _units(job, held, list(members))
         fitted = Ensemble.fit(
-            names,
-            held.matrix(names),
-            held.fake,
-            alpha=job.alpha,
-            clusters=held.clusters,
-            threshold=job.threshold,
-        )
+            names, known.matrix, known.fake, alpha=job.alpha, clusters=known.clusters, threshold=job.threshold,
+            stacking=job.stacking,
+        )  # fmt: skip
         rows = _score(job, members, job.test, workspace, console)
         evaluation = _judge(job, fitted, rows)
+        if job.coverage_splits:
+            evaluation["coverage"] = _coverage(job, names, held, rows, console)
         folder = _write(job, workspace, fitted, members, held, evaluation, log.id)
         made = bundle.read(folder)
         plots = report.detection_plots(rows.fake, fitted.probability(rows.matrix(names)), evaluation)
@@ -90,7 +99,7 @@ def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = Non
         log.dataset(held.uri.partition("@")[0], held.version.number, held.version.digest, "calibration")
         log.json("ensemble.json", fitted.to_dict())
         registered = _register(job, workspace, folder, log.id)
-    console.event(f"AUC {percent(evaluation['auc'])}, best member {evaluation['best_member']['name']}")
+    console.event(_gain(evaluation))
     promoted = _promote(job, workspace, registered, console)
     return {
         "run_id": log.id, "bundle": str(folder), "digest": made.digest, "registered": registered, "promoted": promoted,
@@ -153,6 +162,64 @@ def _score(
     return scored.answered()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """What a verdict is about: U pictures and videos."""
+
+    matrix: NDArray[np.float64]  # (U, M)
+    fake: NDArray[np.int64]  # (U,)
+    clusters: list[str]
+
+    def and_(self, other: _Units) -> _Units:
+        matrix = np.concatenate([self.matrix, other.matrix])
+        return _Units(matrix, np.concatenate([self.fake, other.fake]), [*self.clusters, *other.clusters])
+
+
+def _units(job: EnsembleJob, rows: Scored, names: list[str]) -> _Units:
+    """Frames of one video are no independent evidence: with job.by_video they are one row, and other pictures one each."""
+    matrix, clusters = rows.matrix(names), rows.clusters
+    film = np.array([bool(video) and job.by_video for video in rows.videos], dtype=bool)
+    stills, frames = np.flatnonzero(~film), np.flatnonzero(film)
+    units = _Units(matrix[stills], rows.fake[stills], [clusters[i] for i in stills])
+    if not len(frames):
+        return units
+    videos = [rows.videos[i] for i in frames]
+    found = [detection.by_video(videos, rows.fake[frames], matrix[frames, i]) for i in range(len(names))]
+    cluster = dict(zip(videos, (clusters[i] for i in frames), strict=True))
+    columns = np.stack([column.probability for column in found], axis=1)
+    return units.and_(_Units(columns, found[0].fake, [cluster[name] for name in found[0].names]))
+
+
+def _coverage(
+    job: EnsembleJob, names: list[str], held: Scored, rows: Scored, console: Console
+) -> dict[str, Any]:
+    """Over the calibration rows, and the test rows where they are of the same dataset: others promise nothing of them."""
+    units = _units(job, held, names)
+    if same := held.version.digest == rows.version.digest:
+        units = units.and_(_units(job, rows, names))
+    found = coverage(
+        names, units.matrix, units.fake, alpha=job.alpha, clusters=units.clusters, stacking=job.stacking,
+        splits=job.coverage_splits, seed=job.seed,
+    )  # fmt: skip
+    accused, missed = (
+        f"{found[k]['mean']:.3f} (sd {found[k]['sd']:.3f})" for k in ("false_accusation", "miss")
+    )
+    console.event(
+        f"alpha {job.alpha} over {job.coverage_splits} halves: false accusations {accused}, misses {missed}"
+    )
+    return {**found, "splits_of": [job.data.split, *([job.test.split] if same else [])]}
+
+
+def _gain(evaluation: Mapping[str, Any]) -> str:
+    best = evaluation["best_member"]
+    gain = best["ensemble_minus_best_auc"]
+    sure = gain["low"] is not None and gain["low"] > 0
+    return (
+        f"AUC {percent(evaluation['auc'])}; best member {best['name']} {percent(best['auc'])}; difference {percent(gain)}"
+        f"{'' if sure else ', which does not exclude 0'}"
+    )
+
+
 def _judge(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
     """The ensemble's figures, every member's, the gain over the best member, and what the verdicts did."""
     settings: dict[str, Any] = {"threshold": job.threshold, "bootstraps": job.bootstraps, "seed": job.seed}
@@ -174,9 +241,14 @@ def _judge(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
             for name, found in members.items()
         },
         "best_member": {"name": best, "auc": members[best]["auc"], "ensemble_minus_best_auc": gain},
-        "verdicts": verdict_table(fitted, probability, rows.fake),
+        "verdicts": _verdicts(job, fitted, rows),
         "alpha": job.alpha,
     }
+
+
+def _verdicts(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
+    units = _units(job, rows, list(fitted.members))
+    return verdict_table(fitted, fitted.probability(units.matrix), units.fake)
 
 
 def verdict_table(
@@ -238,7 +310,8 @@ def _page(job: EnsembleJob, fitted: Ensemble, evaluation: dict[str, Any], plots:
     rows.append(["ensemble", None, None, evaluation["auc"]["value"], evaluation["ece"]["value"]])
     gain = evaluation["best_member"]["ensemble_minus_best_auc"]
     text = (
-        f"{len(fitted.members)} members, calibrated on {fitted.n['real']} real and {fitted.n['fake']} fake pictures.\n\n"
+        f"{len(fitted.members)} members, {job.stacking} stack, calibrated on {fitted.n['real']} real and {fitted.n['fake']} fake "
+        f"{'pictures and videos' if job.by_video else 'pictures'}.\n\n"
         f"AUC of the ensemble minus that of `{evaluation['best_member']['name']}`: {percent(gain)}."
     )
     verdicts = [[name, *(row[k] for k in ("n", "real", "fake", "uncertain", "out_of_domain", "lost"))]
@@ -250,12 +323,26 @@ def _page(job: EnsembleJob, fitted: Ensemble, evaluation: dict[str, Any], plots:
             "What was fitted",
             [
                 Text(text),
-                headline(evaluation),
+                key_figures(evaluation),
                 Table(["member", "temperature", "weight", "AUC", "ECE"], rows),
             ],
         ),
-        Section("Verdicts", [Table(head, verdicts, caption)]),
+        Section("Verdicts", [Table(head, verdicts, caption), *_coverage_table(evaluation.get("coverage"))]),
         figures_section(evaluation, plots),
         Section("Everything", [Json("evaluation.json", evaluation), Json("ensemble", fitted.to_dict())]),
     ]
     return report.html(f"Ensemble {job.name}", sections, subtitle=f"{evaluation['n']:,} held-out pictures")
+
+
+def _coverage_table(found: Mapping[str, Any] | None) -> list[Table]:
+    if found is None:
+        return []
+    caption = (
+        f"Counted over {found['splits']} random halves of {', '.join(found['splits_of'])}: {found['n']['real']:,} real, "
+        f"{found['n']['fake']:,} fake; alpha {found['alpha']:g}"
+    )
+    rows = [
+        [name.replace("_", " "), found[name]["mean"], found[name]["sd"]]
+        for name in ("false_accusation", "miss", "uncertain")
+    ]
+    return [Table(["share", "mean", "sd"], rows, caption)]

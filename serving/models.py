@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from counterfake import bundle as bundles
-from counterfake import media
+from counterfake import media, runtime
 from counterfake.errors import CheckpointError, RegistryError, TrackingError
 from counterfake.registry import Registry
 from counterfake.workspace import Workspace
@@ -133,7 +133,11 @@ def _try(name: str, member: Any) -> None:
 
 def _member(name: str, folder: Path) -> Member:
     found = bundles.read(folder)
-    return Member(name=name, kind=found.kind, version=found.digest[:12], digest=found.digest)
+    plain = Member(name=name, kind=found.kind, version=found.digest[:12], digest=found.digest)
+    if found.kind != "detector":
+        return plain
+    chosen, why = runtime.select(found.info)
+    return plain.model_copy(update={"runtime": chosen.name, "runtime_reason": why})
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:

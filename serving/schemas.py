@@ -54,6 +54,12 @@ class Member(_Strict):
     kind: str
     version: str = Field(description="First 12 digits of its digest.")
     digest: str
+    runtime: str = Field(
+        default="", description="What runs its network, such as openvino-bf16 or torch-fp32; empty for none."
+    )
+    runtime_reason: str = Field(
+        default="", description="Why: the bundle's record, or what is not installed here."
+    )
 
 
 class Model(_Strict):

@@ -16,9 +16,9 @@ LIBRARY = ROOT / "platform" / "counterfake"
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
     0: "config errors workspace dist storage telemetry",
-    1: "arrays fingerprint grouping media video faces images order parts prepare records samples staging versions labels sources data curation nets",
+    1: "arrays blending fingerprint grouping media video faces images order parts prepare records samples staging versions labels locks sources data curation nets",
     2: "audit learners forensics evaluation ensemble checkpoint loop export",
-    3: "bundle extractor scoring predictor scoring provenance outbox tracking gate registry",
+    3: "bundle conversion extractor runtime predictor scoring verdicts provenance outbox tracking gate registry",
     4: "cluster",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -39,6 +39,9 @@ HOMES = {
     "typer": ("jobs",),
     "fastapi": ("serving",),
     "matplotlib": ("platform/counterfake/evaluation",),
+    "onnx": ("platform/counterfake/runtime.py",),
+    "onnxruntime": ("platform/counterfake/runtime.py",),
+    "openvino": ("platform/counterfake/runtime.py",),
     "optuna": ("platform/counterfake/cluster/tune.py",),
 }
 FORBIDDEN = {

@@ -1,4 +1,4 @@
-"""A bundle: the folder that is registered, stored and served. safetensors, JSON, Markdown and PNG; nothing is ever unpickled.
+"""A bundle: the folder that is registered, stored and served. safetensors, ONNX, JSON, Markdown and PNG; nothing is ever unpickled.
 
 `bundle.json` names every other file with its SHA-256; the digest of the bundle is that of the canonical `bundle.json`, so one
 hash stands for weights, settings, calibration, evaluation and card together. An ensemble holds its members as whole bundles
@@ -31,10 +31,12 @@ from counterfake.errors import CheckpointError
 from counterfake.evaluation.card import model_card
 from counterfake.nets import NetConfig
 
-Kind = Literal["detector", "benford", "generator", "faceswap", "autoencoder", "classifier", "next_frame", "ensemble"]
+Kind = Literal[
+    "detector", "benford", "generator", "faceswap", "autoencoder", "classifier", "next_frame", "ensemble"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 FORMAT = 1
-FILE_KINDS = (".json", ".safetensors", ".md", ".png")
+FILE_KINDS = (".json", ".safetensors", ".md", ".png", ".onnx")
 MANIFEST, WEIGHTS, EVALUATION, CARD = "bundle.json", "weights.safetensors", "evaluation.json", "MODEL_CARD.md"
 MANIFEST_BYTES = 8 << 20  # a manifest larger than this is refused unread
 LABELS = {"real": 0, "fake": 1}
@@ -149,10 +151,16 @@ def read(folder: Path) -> Bundle:
 
 def with_evaluation(bundle: Bundle, folder: Path, evaluation: Mapping[str, Any]) -> Bundle:
     """A copy of `bundle` in `folder` with this evaluation.json and the model card written anew; other files unchanged."""
-    files = {key: data for key, data in _contents(bundle.folder).items() if key not in (MANIFEST, CARD)}
-    files[EVALUATION] = _pretty(evaluation)
-    info = {key: value for key, value in bundle.info.items() if key != "files"}
-    return _commit(Path(folder), info, files, evaluation)
+    return _changed(bundle, folder, {}, {EVALUATION: _pretty(evaluation)}, evaluation)
+
+
+def with_runtime(
+    bundle: Bundle, folder: Path, record: Mapping[str, Any], files: Mapping[str, bytes]
+) -> Bundle:
+    """A copy of `bundle` in `folder` that says what runs it: record = {"cpu": {library, precision, file, …}}, see runtime.py.
+
+    `files`: the exported networks by name. An earlier record and its files are replaced; weights and evaluation stay."""
+    return _changed(bundle, folder, {"runtime": _plain(record)}, files, bundle.evaluation, without=".onnx")
 
 
 def load_nets(bundle: Bundle) -> dict[str, torch.nn.Module]:
@@ -184,6 +192,20 @@ def source_commit() -> str | None:
 
 
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+def _changed(
+    bundle: Bundle, folder: Path, info: Mapping[str, Any], files: Mapping[str, bytes],
+    evaluation: Mapping[str, Any] | None, without: str = "",
+) -> Bundle:  # fmt: skip
+    """A copy with other entries of bundle.json and other files; kept files of suffix `without` are left out."""
+    kept = {
+        key: data
+        for key, data in _contents(bundle.folder).items()
+        if key not in (MANIFEST, CARD) and Path(key).suffix != without
+    }
+    entries = {key: value for key, value in bundle.info.items() if key != "files"}
+    return _commit(Path(folder), {**entries, **info}, {**kept, **files}, evaluation)
 
 
 def _info(

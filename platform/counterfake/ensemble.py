@@ -1,10 +1,11 @@
 """Several detectors to one probability and one verdict with an error rate. Numbers only: no pictures, no nets.
 
 Each member's logit is divided by its temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599), a logistic regression
-stacks them (Wolpert 1992), and class-conditional split conformal prediction (Vovk 2012, https://arxiv.org/abs/1209.2673) turns
+or small boosted trees stack them (Wolpert 1992), a line calibrates what the stack says of rows it was not fitted on (Platt 1999),
+and class-conditional split conformal prediction (Vovk 2012, https://arxiv.org/abs/1209.2673) turns
 the probability into a set of labels: {real}, {fake}, both (uncertain) or none (out of domain). For data exchangeable with the
 calibration rows, at most alpha of the real pictures are called fake or nothing, and at most alpha of the fakes real or nothing.
-The calibration rows are cut in two halves by cluster: one fits temperatures and weights, the other only the conformal quantiles.
+The calibration rows are cut in two halves by cluster: one fits everything before the conformal quantiles, the other only those.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from counterfake import config as settings
 from counterfake.errors import ConfigError, DataError
+from counterfake.forensics.forest import BenfordForest, ForestConfig
 
 Floats = NDArray[np.float64]
+Stacking = Literal["logistic", "boosted"]
 Word = Literal["real", "fake", "uncertain", "out_of_domain"]
 CLIP = 1e-4  # a forest says exactly 0 or 1; its logit would be infinite
 RIDGE = 1.0  # pull of the stacking weights towards the plain mean of the members, in rows
 MAX_MISSING = 2  # members that may be missing at once
+FOLDS = 5  # of the first half: the line after the stack is fitted on what the stack says of the fold it did not see
+SLOPES = (0.05, 20.0)  # of that line: never zero nor turned around, as no temperature is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,11 @@ class Ensemble:
     temperatures: tuple[float, ...]  # one per member; > 1 makes it less sure
     weights: tuple[float, ...]  # of the members' tempered logits
     bias: float
+    trees: dict[str, tuple[float, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # boosted; empty = logistic only
+    slope: float = 1.0  # of the line from the stack's logit to the calibrated one
+    shift: float = 0.0
     quantiles: dict[str, float]  # conformal, of 1 - probability of the true class: {"real", "fake"}
     alpha: float  # error rate promised per class
     threshold: float = 0.5  # for reports that need a yes or no; the verdict does not use it
@@ -54,29 +64,33 @@ class Ensemble:
         alpha: float = 0.05,
         clusters: Sequence[str] | None = None,
         threshold: float = 0.5,
+        stacking: Stacking = "logistic",
+        smaller: bool = True,
     ) -> Ensemble:
         """probabilities (N, M) of rows that neither training nor the test used; fake (N,) in {0, 1}; clusters N names.
 
-        Rows of one video are no independent evidence: give one row per video. Raises DataError if there are too few rows.
-        """
+        Rows of one video are no independent evidence: give one row per video. smaller: fit also for every set of members
+        with up to MAX_MISSING missing. Raises DataError if there are too few rows for alpha."""
         p, y = _checked(names, probabilities, fake, alpha)
-        first, second = _halves(y, clusters)
+        parts = _parts(y, clusters, 2)
+        first, second = parts == 0, parts == 1
         _enough(y[second], alpha, clusters is not None)
-        identity = _identity(names, p, y, alpha)
+        folds = _parts(y[first], None if clusters is None else np.asarray(clusters)[first].tolist(), FOLDS)
+        identity = _identity(names, p, y, alpha, stacking)
         everyone = tuple(range(len(names)))
 
         def fitted(chosen: tuple[int, ...], subsets: tuple[Ensemble, ...]) -> Ensemble:
             part = p[:, chosen]
-            stack = _stack([names[i] for i in chosen], part[first], y[first])
+            stack = _calibrated([names[i] for i in chosen], part[first], y[first], folds, stacking)
             quantiles, n = _conformal(_sigmoid(stack.logits(part[second])), y[second], alpha)
             return cls(
                 **stack.fields(), quantiles=quantiles, alpha=alpha, threshold=threshold, n=n,
                 calibration_id=identity, subsets=subsets,
             )  # fmt: skip
 
-        sizes = range(max(1, len(names) - MAX_MISSING), len(names))
-        smaller = [chosen for size in reversed(sizes) for chosen in itertools.combinations(everyone, size)]
-        return fitted(everyone, tuple(fitted(chosen, ()) for chosen in smaller))
+        sizes = range(max(1, len(names) - MAX_MISSING), len(names)) if smaller else ()
+        fewer = [chosen for size in reversed(sizes) for chosen in itertools.combinations(everyone, size)]
+        return fitted(everyone, tuple(fitted(chosen, ()) for chosen in fewer))
 
     def probability(self, probabilities: ArrayLike) -> Floats:
         """Members' probabilities (N, M) -> probability of being fake (N,)."""
@@ -127,10 +141,52 @@ class Ensemble:
             raise ConfigError("an ensemble needs one temperature and one weight per member")
 
     def _stack(self) -> _Stack:
-        return _Stack(self.members, self.temperatures, self.weights, self.bias)
+        names = [field.name for field in dataclasses.fields(_Stack)]
+        return _Stack(**{name: getattr(self, name) for name in names})
+
+
+def coverage(
+    names: Sequence[str],
+    probabilities: ArrayLike,
+    fake: ArrayLike,
+    *,
+    alpha: float = 0.05,
+    clusters: Sequence[str] | None = None,
+    stacking: Stacking = "logistic",
+    splits: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What alpha promises against what happens: fitted on one half of the rows and counted on the other, over random halves.
+
+    false_accusation: share of the reals whose label set has lost "real" (called fake, or out of domain); miss: of the fakes
+    that have lost "fake"; uncertain: of all rows. Each {mean, sd over the splits, within: mean <= alpha + 2 sd}.
+    Rows and errors as `Ensemble.fit`; no cluster is in both halves."""
+    p, y = _checked(names, probabilities, fake, alpha)
+    known = [str(i) for i in range(len(y))] if clusters is None else list(clusters)
+    rates: dict[str, list[float]] = {"false_accusation": [], "miss": [], "uncertain": []}
+    for split in range(splits):
+        half = _parts(y, known, 2, salt=f"{seed}/{split}/")
+        own = [known[i] for i in np.flatnonzero(half == 0)]
+        fit = Ensemble.fit(
+            names, p[half == 0], y[half == 0], alpha=alpha, clusters=own, stacking=stacking, smaller=False
+        )
+        labels, truth = [fit.labels(float(q)) for q in fit.probability(p[half == 1])], y[half == 1]
+        real, fakes = (np.array([label in found for found in labels]) for label in ("real", "fake"))
+        rates["false_accusation"].append(float(1 - real[truth == 0].mean()))
+        rates["miss"].append(float(1 - fakes[truth == 1].mean()))
+        rates["uncertain"].append(float((real & fakes).mean()))
+    return {
+        "alpha": alpha, "splits": splits, "n": {"real": int((y == 0).sum()), "fake": int((y == 1).sum())},
+        **{name: _spread(values, None if name == "uncertain" else alpha) for name, values in rates.items()},
+    }  # fmt: skip
 
 
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+def _spread(values: Sequence[float], alpha: float | None) -> dict[str, Any]:
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": mean, "sd": sd, **({} if alpha is None else {"within": bool(mean <= alpha + 2 * sd)})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +195,23 @@ class _Stack:
     temperatures: tuple[float, ...]
     weights: tuple[float, ...]
     bias: float
+    trees: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    slope: float = 1.0
+    shift: float = 0.0
 
     def logits(self, p: Floats) -> Floats:
+        """Members' probabilities (N, M) -> calibrated logits (N,)."""
+        return self.slope * self.raw(p) + self.shift
+
+    def raw(self, p: Floats) -> Floats:
+        """(N, M) -> what the stack says before the line, (N,)."""
+        linear = self._linear(p)
+        if not self.trees:
+            return linear
+        arrays = {name: np.array(values) for name, values in self.trees.items()}
+        return _logit(BenfordForest.from_tensors(arrays).predict(np.column_stack([_logit(p), linear])))
+
+    def _linear(self, p: Floats) -> Floats:
         # sums column by column: a matrix product may round differently for another number of rows
         columns = (
             w * _logit(p[:, i]) / t
@@ -152,11 +223,35 @@ class _Stack:
         return dataclasses.asdict(self)
 
 
-def _stack(names: Sequence[str], p: Floats, y: Floats) -> _Stack:
+def _calibrated(
+    names: Sequence[str], p: Floats, y: Floats, folds: NDArray[np.int64], stacking: Stacking
+) -> _Stack:
+    """The stack of all rows, behind a line fitted on what stacks of the other folds say of each fold."""
+    stack, unseen = _stack(names, p, y, stacking), np.empty(len(y))
+    for fold in np.unique(folds):
+        rest = folds != fold
+        if len(np.unique(y[rest])) < 2:
+            return stack  # too few rows to see anything: as it is
+        unseen[~rest] = _stack(names, p[rest], y[rest], stacking).raw(p[~rest])
+    slope, shift = _logistic(unseen[:, None], _platt(y))
+    return dataclasses.replace(stack, slope=float(np.clip(slope[0], *SLOPES)), shift=shift)
+
+
+def _stack(names: Sequence[str], p: Floats, y: Floats, stacking: Stacking = "logistic") -> _Stack:
     logits, targets = _logit(p), _platt(y)
     temperatures = [temperature(logits[:, i], targets) for i in range(p.shape[1])]
     weights, bias = _logistic(logits / np.array(temperatures), targets)
-    return _Stack(tuple(names), tuple(temperatures), tuple(weights.tolist()), bias)
+    stack = _Stack(tuple(names), tuple(temperatures), tuple(weights.tolist()), bias)
+    return stack if stacking == "logistic" else dataclasses.replace(stack, trees=_boosted(stack, p, y))
+
+
+def _boosted(stack: _Stack, p: Floats, y: Floats) -> dict[str, tuple[float, ...]]:
+    """Small trees over the members' logits and their logistic stack; leaves of at least a fiftieth of the rows."""
+    config = ForestConfig(
+        kind="boosting", trees=50, max_depth=2, min_leaf=max(5, len(y) // 50), learning_rate=0.1, balanced=False
+    )  # fmt: skip
+    forest = BenfordForest.fit(np.column_stack([_logit(p), stack.raw(p)]), y, config)
+    return {name: tuple(np.ravel(array).tolist()) for name, array in forest.tensors().items()}
 
 
 def _platt(y: Floats) -> Floats:
@@ -208,21 +303,20 @@ def _conformal(probability: Floats, y: Floats, alpha: float) -> tuple[dict[str, 
     return quantiles, {label: len(s) for label, s in scores.items()}
 
 
-def _halves(y: Floats, clusters: Sequence[str] | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two halves with no cluster in both. Clusters go in the order of a hash of their name, each to the half that then
-    has fewer rows of the cluster's larger class, so that both halves see both classes."""
+def _parts(y: Floats, clusters: Sequence[str] | None, parts: int, salt: str = "") -> NDArray[np.int64]:
+    """The part (N,) of each row, no cluster in two. Clusters go in the order of a hash of their name (after `salt`), each to
+    the part that then has fewest rows of the cluster's larger class, so that every part sees both classes."""
     names = [str(i) for i in range(len(y))] if clusters is None else [str(c) for c in clusters]
     if len(names) != len(y):
         raise DataError(f"{len(y)} rows but {len(names)} cluster names; give one per row")
     unique, index = np.unique(np.asarray(names), return_inverse=True)
     counts = np.stack([np.bincount(index, weights=w, minlength=len(unique)) for w in (1 - y, y)], axis=1)
-    order = sorted(range(len(unique)), key=lambda i: hashlib.sha256(str(unique[i]).encode()).digest())
-    filled, second = np.zeros((2, 2)), np.zeros(len(unique), dtype=bool)
+    order = sorted(range(len(unique)), key=lambda i: hashlib.sha256(f"{salt}{unique[i]}".encode()).digest())
+    filled, part = np.zeros((parts, 2)), np.zeros(len(unique), dtype=np.int64)
     for i in order:
-        label = int(counts[i].argmax())
-        half = int(filled[1, label] < filled[0, label])
-        second[i], filled[half] = bool(half), filled[half] + counts[i]
-    return ~second[index], second[index]
+        part[i] = filled[:, int(counts[i].argmax())].argmin()
+        filled[part[i]] += counts[i]
+    return part[index]
 
 
 def _enough(y: Floats, alpha: float, clustered: bool) -> None:
@@ -254,8 +348,8 @@ def _checked(
     return p, y
 
 
-def _identity(names: Sequence[str], p: Floats, y: Floats, alpha: float) -> str:
-    head = settings.canonical_json([list(names), alpha, list(p.shape)])
+def _identity(names: Sequence[str], p: Floats, y: Floats, alpha: float, stacking: Stacking) -> str:
+    head = settings.canonical_json([list(names), alpha, list(p.shape), stacking])
     return hashlib.sha256(head + p.tobytes() + y.tobytes()).hexdigest()
 
 

@@ -1,7 +1,8 @@
 """A bundle that answers: bytes -> pixels -> probability -> verdict. The same object in bulk scoring, in MLflow and in serving.
 
-A picture's probability does not depend on what else is in its batch: convolutions run on at most BATCH pictures, where
-oneDNN's kernels are the same as for one, and linear layers always see BATCH rows. NaN stands for "cannot answer" and
+A picture's probability does not depend on what else is in its batch: at most runtime.BATCH pictures make one pass, for
+which torch's convolutions take the same kernels as for one, and linear layers always see BATCH rows; another runtime is
+only recorded in a bundle after it was seen to agree with itself alone and in company. NaN stands for "cannot answer" and
 comes with a reason; 0.5 never does.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,17 +25,19 @@ from torch import Tensor, nn
 
 from counterfake import bundle as bundles
 from counterfake import config as settings
-from counterfake import media, provenance
+from counterfake import media, provenance, runtime
 from counterfake.bundle import Bundle
 from counterfake.ensemble import Ensemble
 from counterfake.errors import CheckpointError, MediaError
 from counterfake.faces import Face, FaceDetector
 from counterfake.forensics.benford import BenfordConfig, features_of
 from counterfake.forensics.forest import BenfordForest
-from counterfake.images import Preprocess, resize, to_float
+from counterfake.images import Preprocess, overlay, to_float
 from counterfake.samples import Sample
 
-BATCH = 8  # pictures in one pass; from 16 on oneDNN picks other kernels, whose rounding differs
+logger = logging.getLogger(__name__)
+
+BATCH = runtime.BATCH  # pictures in one pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,11 @@ class Decoded:
     def of(cls, sample: Sample) -> Decoded:
         """A stored sample: its recorded face box is used, no face is searched."""
         pixels = sample.pixels if sample.pixels is not None else media.decode_trusted(sample.media)
-        return cls(pixels=pixels, faces=(Face(sample.face_box, 1.0),) if sample.face_box else ())
+        if not sample.face_box:
+            return cls(pixels=pixels, faces=())
+        flat = sample.landmarks or []
+        marks = list(zip(flat[::2], flat[1::2], strict=True)) or None
+        return cls(pixels=pixels, faces=(Face(sample.face_box, 1.0, marks),))
 
 
 class Predictor(Protocol):
@@ -71,37 +79,43 @@ class Predictor(Protocol):
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu"
+    folder: str | Path, *, device: str | torch.device = "cpu", eager: bool = False
 ) -> NetPredictor | BenfordPredictor | EnsemblePredictor:
-    """The detector or ensemble in a bundle folder, every digest verified. CheckpointError for other kinds."""
+    """The detector or ensemble in a bundle folder, every digest verified. CheckpointError for other kinds.
+
+    Nets run as their bundle records for this device, and in torch where it records nothing or `eager` is set. CPU threads
+    are torch's at the time of loading."""
     bundle = bundles.read(Path(folder))
     if bundle.kind == "ensemble":
-        return EnsemblePredictor(bundle, device)
+        return EnsemblePredictor(bundle, device, eager=eager)
     if bundle.kind == "benford":
         return BenfordPredictor(bundle)
     if bundle.kind == "detector":
-        return NetPredictor(bundle, device)
+        return NetPredictor(bundle, device, eager=eager)
     raise CheckpointError(f"{folder} holds a {bundle.kind}; give a detector, a Benford forest or an ensemble")
 
 
-def find_faces(pixels: NDArray[np.uint8]) -> tuple[Face, ...]:
-    """Faces, the largest first. Callable from any thread."""
-    if not hasattr(_threads, "detector"):  # OpenCV's cascade keeps state: one per thread
-        _threads.detector = FaceDetector()
-    detector: FaceDetector = _threads.detector
-    return tuple(detector.detect(pixels))
+def find_faces(pixels: NDArray[np.uint8], eyes: bool = False) -> tuple[Face, ...]:
+    """Faces, the largest first, with `eyes` where they are seen. Callable from any thread."""
+    if not hasattr(_threads, "detectors"):  # OpenCV's cascade keeps state: one per thread
+        _threads.detectors = {}
+    known: dict[bool, FaceDetector] = _threads.detectors
+    if eyes not in known:
+        known[eyes] = FaceDetector(eyes=eyes)
+    return tuple(known[eyes].detect(pixels))
 
 
 class _Answers:
     """The part of Predictor that follows from `refusal` and `_scores`."""
 
     name: str
-    finds_faces = False
+    finds_faces = False  # whether `decode` looks for faces
+    finds_eyes = False  # and for their eyes, which takes half as long again
 
     def decode(self, data: bytes, limits: media.Limits = media.DEFAULT_LIMITS) -> Decoded:
         start = time.perf_counter()
         pixels = media.decode(data, limits)
-        faces = find_faces(pixels) if self.finds_faces else None
+        faces = find_faces(pixels, self.finds_eyes) if self.finds_faces else None
         return Decoded(pixels=pixels, faces=faces, seconds=time.perf_counter() - start)
 
     def refusal(self, picture: Decoded) -> str | None:
@@ -122,9 +136,9 @@ class _Answers:
 
 
 class NetPredictor(_Answers):
-    """One network with its preprocessing."""
+    """One network with its preprocessing. `runtime`: the name of what runs it, like "openvino-bf16"."""
 
-    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", *, eager: bool = False) -> None:
         nets = bundles.load_nets(bundle)
         if len(nets) != 1:
             raise CheckpointError(
@@ -132,29 +146,32 @@ class NetPredictor(_Answers):
             )
         self.bundle, self.name, self.device = bundle, bundle.name, torch.device(device)
         self.preprocess = settings.from_dict(Preprocess, bundle.info["preprocess"])
-        self.finds_faces = self.preprocess.crop == "face"
+        self.finds_faces, self.finds_eyes = self.preprocess.needs_face, self.preprocess.crop == "aligned"
         net = _fix_rows(next(iter(nets.values())))
         self.net = net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.runtime, self.engine = self._started(runtime.TORCH if eager else self._chosen())
 
     def refusal(self, picture: Decoded) -> str | None:
         return "no_face" if self.finds_faces and not picture.faces else None
 
     def prepare(self, picture: Decoded) -> NDArray[np.uint8]:
         """(size, size, C) uint8: exactly what training saw."""
-        box = picture.faces[0].box if self.finds_faces and picture.faces else None
-        return self.preprocess.apply(picture.pixels, box)
+        if not (self.finds_faces and picture.faces):
+            return self.preprocess.apply(picture.pixels)
+        return self.preprocess.apply(picture.pixels, picture.faces[0].box, picture.faces[0].landmarks)
 
     def predict_prepared(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """images (N, size, size, C) -> probability of being fake (N,)."""
-        with torch.inference_mode():
-            logits = [self.net(self._input(chunk)) for chunk in _chunks(images)]
-            return torch.cat(logits).double().sigmoid().cpu().numpy()
+        return runtime.probabilities(self.engine, images)
 
-    def heatmap(self, picture: Decoded) -> NDArray[np.float32]:
-        """Grad-CAM (https://arxiv.org/abs/1610.02391) of the fake logit: (h, w) in [0, 1] over the prepared picture."""
+    def heatmap(self, picture: Decoded) -> NDArray[np.float32] | None:
+        """Grad-CAM (https://arxiv.org/abs/1610.02391) of the fake logit: (h, w) in [0, 1] over the prepared picture; None for
+        a net without convolutions. Always by torch."""
         seen: list[Tensor] = []
-        last = [m for m in self.net.modules() if isinstance(m, nn.Conv2d)][-1]
-        hook = last.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        convolutions = [m for m in self.net.modules() if isinstance(m, nn.Conv2d)]
+        if not convolutions:
+            return None
+        hook = convolutions[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
         try:
             images = self._input(self.prepare(picture)[None]).requires_grad_()
             logit = self.net(images).sum()
@@ -167,9 +184,23 @@ class NetPredictor(_Answers):
     def _scores(self, pictures: Sequence[Decoded]) -> NDArray[np.float64]:
         return self.predict_prepared(np.stack([self.prepare(picture) for picture in pictures]))
 
+    def _chosen(self) -> runtime.Candidate:
+        chosen, why = runtime.select(self.bundle.info, self.device.type)
+        logger.info("%s runs in %s: %s", self.name, chosen.name, why)
+        return chosen
+
+    def _started(self, chosen: runtime.Candidate) -> tuple[str, runtime.Engine]:
+        if chosen == runtime.TORCH:
+            return chosen.name, self._logits
+        return chosen.name, runtime.opened(chosen, self.bundle.folder / chosen.file, torch.get_num_threads())
+
+    def _logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return np.asarray(self.net(self._input(images)).float().cpu())
+
     def _input(self, images: NDArray[np.uint8]) -> Tensor:
-        batch = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return to_float(batch.to(self.device)).contiguous(memory_format=torch.channels_last)
+        batch = runtime.as_tensor(images).to(self.device)
+        return to_float(batch).contiguous(memory_format=torch.channels_last)
 
 
 class BenfordPredictor(_Answers):
@@ -200,9 +231,10 @@ class Judge:
         self.infos = {name: bundles.read(folder) for name, folder in bundle.members.items()}
         if set(self.infos) != set(self.ensemble.members):
             raise CheckpointError(f"bundle {bundle.folder} was calibrated for other members than it holds")
-        self.finds_faces = any(
-            (b.info["preprocess"] or {}).get("crop") == "face" for b in self.infos.values()
-        )
+        prepared = [b.info["preprocess"] for b in self.infos.values() if b.info["preprocess"]]
+        asked = [settings.from_dict(Preprocess, tree) for tree in prepared]
+        self.finds_faces = any(preprocess.needs_face for preprocess in asked)
+        self.finds_eyes = any(preprocess.crop == "aligned" for preprocess in asked)
 
     def combine(self, probabilities: Mapping[str, float]) -> float:
         """Members' probabilities -> one; NaN members are left out, NaN if none is left or too many are missing."""
@@ -281,11 +313,12 @@ class Judge:
 class EnsemblePredictor(_Answers):
     """The judge with its members loaded."""
 
-    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", *, eager: bool = False) -> None:
         self.bundle, self.name, self.judge = bundle, bundle.name, Judge(bundle)
-        self.ensemble, self.finds_faces = self.judge.ensemble, self.judge.finds_faces
+        self.ensemble = self.judge.ensemble
+        self.finds_faces, self.finds_eyes = self.judge.finds_faces, self.judge.finds_eyes
         self.members: dict[str, Predictor] = {
-            n: load(bundle.members[n], device=device) for n in self.ensemble.members
+            n: load(bundle.members[n], device=device, eager=eager) for n in self.ensemble.members
         }
 
     def refusal(self, picture: Decoded) -> str | None:
@@ -315,8 +348,10 @@ class EnsemblePredictor(_Answers):
     def heatmap(self, picture: Decoded) -> str | None:
         """Grad-CAM of the first network that can answer, over its picture, as a PNG data URI; None if there is none."""
         for member in self.members.values():
-            if isinstance(member, NetPredictor) and member.refusal(picture) is None:
-                png = media.encode(_overlay(member.prepare(picture), member.heatmap(picture)), "png")
+            if not isinstance(member, NetPredictor) or member.refusal(picture) is not None:
+                continue
+            if (heat := member.heatmap(picture)) is not None:
+                png = media.encode(overlay(member.prepare(picture), heat), "png")
                 return f"data:image/png;base64,{base64.b64encode(png).decode()}"
         return None
 
@@ -329,10 +364,6 @@ class EnsemblePredictor(_Answers):
 # -- private --------------------------------------------------------------------------------------------------------
 
 _threads = threading.local()
-
-
-def _chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    yield from (images[i : i + BATCH] for i in range(0, len(images), BATCH))
 
 
 class _FixedRows(nn.Module):
@@ -354,14 +385,6 @@ def _fix_rows(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _FixedRows(child) if isinstance(child, nn.Linear) else _fix_rows(child))
     return module
-
-
-def _overlay(pixels: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The picture in grey, with orange where the heat is: (H, W, 3)."""
-    height, width = pixels.shape[:2]
-    share = resize((255 * heat).astype(np.uint8)[:, :, None], width, height) / 255.0
-    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    return np.asarray(grey * (1 - 0.65 * share) + 0.65 * share * np.array([240, 110, 40]), np.uint8)
 
 
 def _face(face: Face) -> dict[str, Any]:

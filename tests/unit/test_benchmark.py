@@ -69,6 +69,7 @@ def test_the_benchmarks_are_presets_of_one_job_and_their_folder_is_none() -> Non
         "swap",
         "autoencoder",
         "serving",
+        "inference",
         "forensics",
         "growth",
     ]

@@ -10,6 +10,9 @@ import pytest
 from counterfake import ensemble
 from counterfake.ensemble import Ensemble
 from counterfake.errors import ConfigError, DataError
+from counterfake.scoring import Scored
+from jobs import fit_ensemble
+from jobs.fit_ensemble import EnsembleJob
 
 
 def made(n: int, seed: int, strength: tuple[float, ...] = (1.5, 1.0)) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +86,7 @@ def test_each_class_errs_about_alpha_over_many_splits(alpha: float) -> None:
     """Mean over splits: at most alpha of the reals lose the label real, at most alpha of the fakes the label fake."""
     misses: dict[str, list[float]] = {"real": [], "fake": []}
     for seed in range(100):
-        fit = fitted(400, seed, alpha=alpha)
+        fit = fitted(400, seed, alpha=alpha, smaller=False)
         p, fake = made(400, 10_000 + seed)
         q = fit.probability(p)
         misses["real"].append(np.mean(q[fake == 0] > fit.quantiles["real"]))
@@ -93,6 +96,66 @@ def test_each_class_errs_about_alpha_over_many_splits(alpha: float) -> None:
         assert alpha - 0.012 - 2 * error < np.mean(shares) < alpha + 2 * error, (
             label
         )  # 1/(n+1) below alpha at most
+
+
+@pytest.mark.parametrize("stacking", ["logistic", "boosted"])
+def test_coverage_counts_what_alpha_promises(stacking: ensemble.Stacking) -> None:
+    """Over 100 random halves (8 with trees) of rows in clusters; none of them lies in both halves."""
+    p, fake = made(800, 3)
+    splits = 100 if stacking == "logistic" else 8
+    clusters = [f"person{i // 2}" for i in range(800)]
+    found = ensemble.coverage(
+        ["a", "b"], p, fake, alpha=0.1, clusters=clusters, splits=splits, stacking=stacking
+    )
+    for name in ("false_accusation", "miss"):
+        assert abs(found[name]["mean"] - 0.1) <= 2 * found[name]["sd"], name
+        assert found[name]["within"]
+    assert 0 < found["uncertain"]["mean"] < 1
+    assert found["n"]["real"] + found["n"]["fake"] == 800
+
+
+def test_too_few_rows_to_count_coverage_say_so() -> None:
+    p, fake = made(60, 3)
+    with pytest.raises(DataError, match=r"alpha 0.05 needs at least 19 real rows in the conformal half"):
+        ensemble.coverage(["a", "b"], p, fake, splits=2)
+
+
+def test_trees_find_what_no_weights_can() -> None:
+    """Fake where the two members disagree: the logistic stack is blind to it."""
+    from sklearn.metrics import roc_auc_score
+
+    p = np.random.default_rng(0).random((1200, 2))
+    fake = ((p[:, 0] > 0.5) != (p[:, 1] > 0.5)).astype(int)
+    fits = {s: Ensemble.fit(["a", "b"], p[:800], fake[:800], stacking=s) for s in ("logistic", "boosted")}  # type: ignore[arg-type]
+    auc = {name: roc_auc_score(fake[800:], fit.probability(p[800:])) for name, fit in fits.items()}
+    assert auc["logistic"] < 0.6
+    assert auc["boosted"] > 0.9
+    boosted = fits["boosted"]
+    again = Ensemble.from_dict(json.loads(json.dumps(boosted.to_dict())))
+    np.testing.assert_array_equal(again.probability(p), boosted.probability(p))
+    alone = np.concatenate([boosted.probability(row[None]) for row in p[:50]])
+    np.testing.assert_array_equal(alone, boosted.probability(p[:50]))
+    assert boosted.calibration_id != fits["logistic"].calibration_id
+
+
+def test_the_stack_is_calibrated_on_rows_it_did_not_see() -> None:
+    """Trees are sure of rows they grew on; the line behind them takes that back: a lower log-loss on new rows."""
+    p, fake = made(300, 0, (0.3, 0.2))
+    fit = Ensemble.fit(["a", "b"], p, fake, stacking="boosted", smaller=False)
+    assert fit.slope < 0.9
+    new, truth = made(4000, 1, (0.3, 0.2))
+    raw = fit._stack().raw(new)
+
+    def loss(logits: np.ndarray) -> float:
+        return float(np.mean(np.logaddexp(0, logits) - truth * logits))
+
+    assert loss(fit.slope * raw + fit.shift) < loss(raw)
+
+
+def test_members_of_noise_give_the_share_of_fakes() -> None:
+    rng = np.random.default_rng(0)
+    fit = Ensemble.fit(["a", "b"], rng.random((600, 2)), (np.arange(600) % 3 == 0).astype(int), smaller=False)
+    np.testing.assert_allclose(fit.probability(rng.random((50, 2))), 1 / 3, atol=0.12)
 
 
 def test_the_set_is_that_of_mapie_when_classes_are_alike() -> None:
@@ -133,8 +196,8 @@ def test_halves_share_no_cluster_and_hold_both_classes() -> None:
     rng = np.random.default_rng(0)
     fake = rng.integers(0, 2, 300).astype(float)
     clusters = [f"id{i}" for i in rng.integers(0, 40, 300)]
-    first, second = ensemble._halves(fake, clusters)
-    assert (first ^ second).all()
+    half = ensemble._parts(fake, clusters, 2)
+    first, second = half == 0, half == 1
     assert not set(np.array(clusters)[first]) & set(np.array(clusters)[second])
     for half in (first, second):
         assert 0.3 < half.mean() < 0.7
@@ -201,3 +264,30 @@ def test_one_class_or_wrong_shapes_are_refused() -> None:
         Ensemble.fit(["a"], p, np.arange(100) % 2)
     with pytest.raises(DataError, match="takes"):
         fitted().probability([[0.1]])
+
+
+def scored(videos: list[str], fake: list[int], p: np.ndarray) -> Scored:
+    rows = len(fake)
+    return Scored(
+        version=None, uri="d@1", ids=[f"id{i}" for i in range(rows)], fake=np.array(fake), groups={}, keys=[()] * rows,
+        videos=videos, probabilities={"a": p[:, 0], "b": p[:, 1]}, refused={}, images_per_second=1.0,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_video_is_one_row_of_the_calibration() -> None:
+    """The mean logit of its frames; pictures stay one row each."""
+    p = np.array([[0.2, 0.5], [0.8, 0.5], [0.9, 0.1], [0.9, 0.4], [0.3, 0.3]])
+    rows = scored(["v", "v", "", "w", "w"], [0, 0, 1, 1, 1], p)
+    units = fit_ensemble._units(EnsembleJob(), rows, ["a", "b"])
+    logit = np.log(p / (1 - p))
+    expected = 1 / (1 + np.exp(-np.stack([logit[2], logit[:2].mean(axis=0), logit[3:].mean(axis=0)])))
+    np.testing.assert_allclose(units.matrix, expected, atol=1e-12)
+    assert units.fake.tolist() == [1, 0, 1]
+    assert len(set(units.clusters)) == 3
+    frames = fit_ensemble._units(EnsembleJob(by_video=False), rows, ["a", "b"])
+    np.testing.assert_array_equal(frames.matrix, p)
+
+
+def test_one_split_gives_no_spread() -> None:
+    with pytest.raises(ConfigError, match="2 or more give a spread"):
+        EnsembleJob(coverage_splits=1)

@@ -15,11 +15,16 @@ from counterfake import bundle as bundles
 from counterfake import media, predictor
 from counterfake.ensemble import Ensemble
 from counterfake.errors import CheckpointError, MediaError
+from counterfake.faces import Face
 from counterfake.forensics.benford import BenfordConfig, features_of
 from counterfake.forensics.forest import BenfordForest, ForestConfig
 from counterfake.images import Preprocess, to_float
+from counterfake.nets.dense_gan import DenseDiscriminator
+from counterfake.nets.gan_discriminator import GanDiscriminatorConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.predictor import Decoded
+from counterfake.samples import Sample
+from counterfake.sources.synthetic import portrait
 
 SMALL = BenfordConfig(qualities=(90,), bases=(10,))
 
@@ -152,6 +157,54 @@ def test_a_heat_map_covers_the_picture(tmp_path: Path) -> None:
     heat = loaded.heatmap(Decoded(pixels=picture(1)))  # type: ignore[union-attr]
     assert heat.ndim == 2
     assert 0 <= heat.min() <= heat.max() <= 1
+
+
+def test_a_net_without_convolutions_has_no_heat_map_and_still_a_verdict(tmp_path: Path) -> None:
+    config = GanDiscriminatorConfig(discriminator=DenseDiscriminator.tiny())
+    made = bundles.write_nets(
+        tmp_path / "dense", kind="detector", name="dense", nets={"detector": (config, config.build().state_dict())},
+        preprocess=Preprocess(size=28, channels=1), provenance={},
+    )  # fmt: skip
+    loaded = predictor.load(made.folder)
+    assert loaded.heatmap(Decoded(pixels=picture(1))) is None  # type: ignore[union-attr]
+    fake = np.arange(200) % 2
+    fit = Ensemble.fit(["dense"], 0.3 + 0.4 * fake[:, None], fake)
+    whole = bundles.write(
+        tmp_path / "e", kind="ensemble", name="one", config={"ensemble": fit.to_dict()}, tensors={}, preprocess=None,
+        provenance={}, members={"dense": made.folder},
+    )  # fmt: skip
+    verdict = predictor.EnsemblePredictor(whole).verdict(media.encode(picture(1), "png"), heatmap=True)
+    assert verdict["heatmap"] is None
+    assert verdict["probability_fake"] is not None
+
+
+def test_an_aligned_detector_turns_the_face_as_training_did(tmp_path: Path) -> None:
+    """The eyes of a stored sample and those found in the same pixels lead through the same crop."""
+    loaded = predictor.load(net_bundle(tmp_path / "n", crop="aligned").folder)
+    pixels, box, eyes = picture(5), (20.0, 20.0, 60.0, 60.0), [(38.0, 50.0), (62.0, 42.0)]
+    stored = Sample(
+        image=media.encode(pixels, "png"),
+        source="s",
+        face_box=box,
+        landmarks=[v for eye in eyes for v in eye],
+    )
+    expected = Preprocess(size=64, crop="aligned").apply(pixels, box, eyes)
+    assert isinstance(loaded, predictor.NetPredictor)
+    np.testing.assert_array_equal(loaded.prepare(Decoded.of(stored)), expected)
+    found = Decoded(pixels=pixels, faces=(Face(box, 1.0, eyes),))
+    np.testing.assert_array_equal(loaded.prepare(found), expected)
+    level = Decoded(pixels=pixels, faces=(Face(box, 1.0),))
+    assert (loaded.prepare(level) != expected).any()
+    assert loaded.finds_eyes
+    assert loaded.refusal(Decoded(pixels=pixels, faces=())) == "no_face"
+
+
+def test_eyes_are_looked_for_only_where_a_detector_aligns(tmp_path: Path) -> None:
+    data = media.encode(portrait(0, 0, 0, 128).pixels, "png")
+    for crop, eyes in (("face", False), ("aligned", True)):
+        faces = predictor.load(net_bundle(tmp_path / crop, crop=crop).folder).decode(data).faces
+        assert faces
+        assert (faces[0].landmarks is not None) == eyes
 
 
 def test_a_verdict_shows_where_the_network_looked_when_asked(ensemble_folder: Path) -> None:
