@@ -3,7 +3,7 @@
     counterfake run benchmark loader --json      batches from 20,000 JPEG pictures, against packaged loaders; 2 cores: 5 min
     counterfake run benchmark storage --json     the same batches from S3 over HTTP, cold and cached; 3 min
     counterfake run benchmark gan --json         the article's DCGAN step, against plain torch and TensorFlow; 4 min
-    counterfake run benchmark autoencoder --json the article's autoencoder at batch 32, against plain torch and Keras fit
+    counterfake run benchmark autoencoder --json   the autoencoder of the article at batch 32, against plain torch and Keras fit
     counterfake run benchmark swap --json        the face swap of 2017, against its step in plain torch; 5 min
     counterfake run benchmark serving --json     MobileNetV2 in a bundle, against eager torch, ONNX Runtime, OpenVINO; 2 min
     counterfake run benchmark inference --json   the same network in every runtime a bundle can record, fp32, bf16 and int8; 3 min

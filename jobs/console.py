@@ -15,11 +15,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 class Console:
@@ -47,8 +50,10 @@ class Console:
         self._err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
     @contextmanager
-    def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal, nothing elsewhere. Yields `advance(count)`."""
+    def progress(
+        self, description: str, total: int | None, *, rate: str = ""
+    ) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal, nothing elsewhere. Yields `advance(count)`. rate: its unit, such as frames/s; "" = not shown."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda count: None
             return
@@ -56,6 +61,7 @@ class Console:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            *([_Rate(rate)] if rate else []),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
@@ -83,6 +89,17 @@ class Console:
         else:
             for item in value:
                 self._out.print(escape(str(item)), soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """How many a second, of the last half minute."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} {self.unit}" if task.speed else "")
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
     counterfake run generate gan-faces-demo                           1,000 faces from the newest dcgan-faces, 2 cores: 10 s
     counterfake run generate swap-faces-demo                          500 swapped faces, 2 cores: 15 s
     counterfake run generate gan-samples --set model=mnist-gan/2 --set into=mnist-fakes --set count=10000
+    counterfake run generate swap-video --set input=talk.mp4                              files instead of rows: see convert.py
 
 A generator is sampled; a face-swap model puts another person's face into pictures of `faces`. Every row says what made
 it (`maker`, e.g. dcgan-faces@3) and every file is marked as generated (IPTC DigitalSourceType). Files are encoded in the
@@ -17,7 +18,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +27,22 @@ from numpy.typing import NDArray
 
 from counterfake import bundle as bundles
 from counterfake import images, media, provenance
+from counterfake.blending import paste
 from counterfake.config import digest, from_dict, to_dict
 from counterfake.errors import ConfigError, DataError
 from counterfake.forensics.benford import quantisation_table
 from counterfake.images import Preprocess
-from counterfake.learners.compositing import paste
 from counterfake.learners.faceswap import swap
 from counterfake.nets import NetConfig
-from counterfake.nets.swap import SwapConfig
+from counterfake.nets.swap_family import SwapFamily
 from counterfake.records import Dataset, Report, Sample, Version, write_version
 from counterfake.registry import Registry
 from counterfake.workspace import Workspace
+from jobs import consent
 from jobs.console import Console
+
+if TYPE_CHECKING:
+    from jobs.convert import ConvertJob
 
 LIKE_ROWS = 512  # real files whose encoding is looked at
 
@@ -50,6 +56,9 @@ class GenerateJob:
     count: int = 1000  # pictures; of a swap at most the pictures there are
     faces: str = ""  # dataset of real faces to swap; only for face-swap models
     fraction: float = 1.0  # of the real faces, at most so many are swapped
+    purpose: Literal["", "detector-training"] = (
+        ""  # of swaps: allows faces of consent research, never exported
+    )
     like: str = ""  # dataset whose formats and qualities are copied; "" = the one the model was trained on
     size: int = 0  # side of generated pictures, pixels; 0 = as the generator makes them
     truncation: float = 0.0  # noise beyond so many standard deviations is drawn again; 0 = never
@@ -83,9 +92,9 @@ class Model(NamedTuple):
         return from_dict(Preprocess, self.bundle.info["preprocess"])
 
     @property
-    def swap_config(self) -> SwapConfig:
+    def swap_config(self) -> SwapFamily:
         config = from_dict(NetConfig, self.bundle.config["faceswap"])  # type: ignore[type-abstract]
-        assert isinstance(config, SwapConfig), f"bundle {self.maker} holds a {type(config).__name__}"
+        assert isinstance(config, SwapFamily), f"bundle {self.maker} holds a {type(config).__name__}"
         return config
 
 
@@ -96,9 +105,14 @@ class Encoding(NamedTuple):
     quality: int
 
 
-def run(job: GenerateJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
-    """Generate, encode, mark and store; returns the version and what went into it."""
+def run(
+    job: GenerateJob | ConvertJob, workspace: Workspace, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Generate, encode, mark and store; returns the version and what went into it, of a conversion what was made."""
     console = console or Console(quiet=True)
+    if not isinstance(job, GenerateJob):
+        converted: dict[str, Any] = _convert().run(job, workspace, console=console)
+        return converted
     started, report = time.monotonic(), Report()
     model = load(job.model, workspace)
     make = {"generator": generated, "faceswap": swapped}.get(model.bundle.kind)
@@ -167,15 +181,17 @@ def _from_noise(
     noise = draw_noise(job, int(model.bundle.config["generator"]["noise_size"]))
     index = 0
     for chunk in torch.split(noise, job.batch):
+        asked = _asked(model, index, len(chunk))
         with torch.inference_mode():
-            batch = images.to_uint8(model.net(chunk)).permute(0, 2, 3, 1).numpy()
-        for pixels in batch:
+            batch = images.to_uint8(model.net(chunk, *asked)).permute(0, 2, 3, 1).numpy()
+        for place, pixels in enumerate(batch):
             pixels = images.resize(pixels, job.size, job.size) if job.size else np.ascontiguousarray(pixels)
             made: dict[str, Any] = {
                 "fake": 1,
                 "maker": model.maker,
                 "source": source,
                 "path": f"{model.maker}/{job.seed}/{index:06d}",
+                "class_id": int(asked[0][place]) if asked else None,
             }
             if not encodings:
                 yield Sample(pixels=pixels, **made)
@@ -194,6 +210,12 @@ def _from_noise(
             index += 1
 
 
+def _asked(model: Model, start: int, count: int) -> tuple[torch.Tensor, ...]:
+    """What a conditional generator is told, (count,) int64: its classes in turn; () for one without."""
+    classes = getattr(model.net, "classes", 0)
+    return (torch.arange(start, start + count) % classes,) if classes else ()
+
+
 def draw_noise(job: GenerateJob, width: int) -> torch.Tensor:
     """(count, Z) standard normal, beyond `truncation` drawn again; the same for every batch size."""
     noise = torch.empty(job.count, width)
@@ -210,7 +232,7 @@ def face_box(
 
     A generator of face crops repeats their margin; one of whole pictures has its face where the real ones have it.
     """
-    if preprocess.crop == "face":
+    if preprocess.needs_face:
         box = side / preprocess.margin
         return ((side - box) / 2, (side - box) / 2, box, box)
     known = [_relative_box(row) for row in rows if row.face_box is not None and row.image is not None]
@@ -230,14 +252,19 @@ def _relative_box(row: Sample) -> list[float]:
 
 
 def swapped(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Iterator[Sample], dict[str, Any]]:
-    """Pictures of `faces` with someone else's face; licence and consent of each picture stay what they were."""
+    """Pictures of `faces` with someone else's face; licence and consent of each picture stay what they were.
+
+    Raises DataError for pictures of people who have not agreed; see consent.py."""
     if not job.faces:
         raise ConfigError(f"{model.maker} swaps faces: name the real ones with --set faces=DATASET")
     dataset = Dataset.open(workspace.dataset(job.faces), cache=workspace.cache)
     version = dataset.version(dataset.pinned)
     cast = Cast(model.swap_config.identities, version)
     chosen = choose(job, dataset, version, cast)
-    facts = {_swap_source(model, name): version.sources[name] for name in set(chosen.values())}
+    used = consent.named(version.sources, set(chosen.values()))
+    consent.require(used, job.purpose)
+    info = model.bundle.info
+    facts = {_swap_source(model, name): consent.marked(known, model=info) for name, known in used.items()}
     return _swaps(job, model, dataset, version, cast, set(chosen)), facts
 
 
@@ -255,6 +282,10 @@ class Cast:
         """Indices of the faces for a picture of `own` in `split`; [] if nobody but itself is left."""
         known = self.by_split.get(split) or self.identities
         return [index for index, name in enumerate(self.identities) if name in known and name != own]
+
+    def index(self, own: str | None, otherwise: int) -> int:
+        """The index of a person; `otherwise` of one whom the model does not know."""
+        return self.identities.index(own) if own in self.identities else otherwise
 
     def choose(self, split: str, sample: Sample, seed: int) -> int:
         """One of the targets, by hash."""
@@ -301,14 +332,17 @@ def _swap_batch(job: GenerateJob, model: Model, cast: Cast, samples: list[Sample
     crops = [model.preprocess.apply(p, s.face_box) for p, s in zip(pictures, samples, strict=True)]
     wearers = [cast.choose(str(sample.split), sample, job.seed) for sample in samples]
     faces = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    painted = swap(model.net, config, faces, torch.tensor(wearers)).permute(0, 2, 3, 1).numpy()
+    own = torch.tensor(
+        [cast.index(sample.identity, wearer) for sample, wearer in zip(samples, wearers, strict=True)]
+    )
+    painted = swap(model.net, config, faces, torch.tensor(wearers), own).permute(0, 2, 3, 1).numpy()
     for row in zip(samples, pictures, painted, wearers, strict=True):
         yield _composed(model, config, *row)
 
 
 def _composed(
     model: Model,
-    config: SwapConfig,
+    config: SwapFamily,
     sample: Sample,
     picture: NDArray[np.uint8],
     painted: NDArray[np.uint8],
@@ -427,8 +461,22 @@ def gan_samples() -> GenerateJob:
     return GenerateJob(model="dcgan-mnist", into="gan-samples", count=10_000)
 
 
-PRESETS: dict[str, Callable[[], GenerateJob]] = {
+def swap_video() -> ConvertJob:
+    """Faces in pictures and videos of your own, from file to file."""
+    job: ConvertJob = _convert().swap_video()
+    return job
+
+
+PRESETS: dict[str, Callable[[], GenerateJob | ConvertJob]] = {
     "gan-faces-demo": gan_faces_demo,
     "swap-faces-demo": swap_faces_demo,
     "gan-samples": gan_samples,
+    "swap-video": swap_video,
 }
+
+
+def _convert() -> ModuleType:
+    """The job that converts files; it loads models by this module's `load`, so it is not imported at the top."""
+    from jobs import convert
+
+    return convert

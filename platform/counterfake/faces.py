@@ -37,6 +37,7 @@ CASCADES = {
     "cascade": "haarcascade_frontalface_alt2.xml",
     "cascade-default": "haarcascade_frontalface_default.xml",
 }
+STEADY_ROWS = 512  # frames whose positions are smoothed at a time
 MARGIN = 1.3  # side of a face crop / longer side of the face box; what FaceForensics++ crops with
 # Where the eyes lie in a cascade's box, in shares of its sides: the template of `align`. Medians over 207 CIPLAB faces:
 # (0.30, 0.39) and (0.69, 0.38), standard deviation 0.02 to 0.03.
@@ -137,12 +138,19 @@ def align(pixels: Pixels, face: Face, size: int, margin: float = MARGIN) -> Pixe
     move = alignment(face, size, margin)
     if move is None:
         return _resized(crop(pixels, face.box, margin), size)
+    return moved(pixels, move, size)
+
+
+def moved(pixels: Pixels, move: NDArray[np.float64], size: int) -> Pixels:
+    """pixels (H, W, C) through a similarity (2, 3) as of `alignment` -> (size, size, C); borders repeat, shrinking is
+    antialiased."""
     fold = int(1 / np.hypot(move[0, 0], move[1, 0]))
     if fold >= 2:  # warpAffine looks at four pixels each: what is to be halved or more is averaged first
         height, width = pixels.shape[:2]
         pixels = _resized(pixels, max(1, width // fold), max(1, height // fold))
         move = move @ np.diag([width / pixels.shape[1], height / pixels.shape[0], 1.0])
-    move[:, 2] += move[:, :2] @ [0.5, 0.5] - 0.5  # OpenCV counts from the middle of the first pixel
+    shift = move[:, 2] + move[:, :2] @ [0.5, 0.5] - 0.5  # OpenCV counts from the middle of the first pixel
+    move = np.column_stack([move[:, :2], shift])
     out = cv2.warpAffine(np.ascontiguousarray(pixels), move, (size, size), borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(out, np.uint8).reshape(size, size, pixels.shape[2])
 
@@ -428,13 +436,26 @@ def _steady(
     filled = np.stack([np.interp(wanted, at, column) for column in values.T], axis=1)
     if sigma <= 0 or len(wanted) < 2:
         return filled
-    steps = wanted[None, :] - wanted[:, None]  # (N, N)
+    out = np.empty_like(filled)
+    for start in range(0, len(wanted), STEADY_ROWS):  # a matrix over a whole film would not fit into memory
+        rows = slice(start, min(start + STEADY_ROWS, len(wanted)))
+        reach = np.array(
+            [wanted[rows][0] - 9 * sigma, wanted[rows][-1] + 9 * sigma]
+        )  # beyond: weights below 1e-17
+        near = slice(*np.searchsorted(wanted, reach))
+        lines = _lines(wanted[near][None, :] - wanted[rows][:, None], sigma)  # (rows, near)
+        out[rows] = lines @ filled[near]
+    return out
+
+
+def _lines(steps: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """Weights (R, N) of neighbours `steps` frames away in the value at 0 of the line through them; 1 for a lone one."""
     weights = np.exp(-0.5 * (steps / sigma) ** 2)
     s0, s1, s2 = (np.sum(weights * steps**k, axis=1, keepdims=True) for k in range(3))
     lines = weights * (s2 - steps * s1) / np.maximum(s0 * s2 - s1**2, 1e-9)
     alone = (s0 * s2 - s1**2)[:, 0] < 1e-6  # no neighbour near enough to say anything
-    lines[alone] = np.eye(len(wanted))[alone]
-    return lines @ filled
+    lines[alone] = steps[alone] == 0
+    return np.asarray(lines, np.float64)
 
 
 def _steady_points(

@@ -235,7 +235,7 @@ def test_promoting_to_champion_asks_the_usual_gate(call: Call, monkeypatch: pyte
 
 def test_one_class_of_answers_says_how_many_of_each() -> None:
     scored = Scored(
-        uri="faces@1", version=None, ids=["a", "b"], fake=np.array([0, 0]), groups={}, clusters=["a", "b"],
+        uri="faces@1", version=None, ids=["a", "b"], fake=np.array([0, 0]), groups={}, keys=[(), ()], videos=["", ""],
         probabilities={"d": np.array([0.1, 0.2])}, refused={"d": {}}, images_per_second=1.0,
     )  # fmt: skip
     with pytest.raises(DataError, match="of 2 labelled ones 2 could be answered, 2 real and 0 fake; choose"):

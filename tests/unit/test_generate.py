@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,6 @@ from counterfake import bundle as bundles
 from counterfake import media, provenance
 from counterfake.errors import ConfigError, DataError
 from counterfake.images import Preprocess
-from counterfake.learners.compositing import match_colour, paste, placement, soft_mask
-from counterfake.learners.warp import centre
 from counterfake.nets.dcgan import DcganGenerator
 from counterfake.nets.swap import SwapConfig
 from counterfake.records import Dataset, Sample, SplitRule, write_version
@@ -110,6 +107,18 @@ def test_raw_pixel_datasets_get_raw_pixels(workspace: Workspace, tmp_path: Path)
     assert result["rows"] == 28
 
 
+def test_a_conditional_generator_is_asked_for_its_classes_in_turn(
+    workspace: Workspace, faces: Dataset, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(DcganGenerator.tiny(), size=32, channels=3, classes=3)
+    folder = _bundle(tmp_path / "asked", "generator", "g", config, Preprocess(size=32), faces)
+    generate.run(GenerateJob(model=str(folder), into="asked", count=7, batch=4), workspace)
+    dataset = Dataset.open(workspace.dataset("asked"))
+    version = dataset.version()
+    found = [s.class_id for split in version.splits for s in dataset.samples(version, split)]
+    assert sorted(found) == [0, 0, 0, 1, 1, 2, 2]
+
+
 def test_truncated_noise_stays_within_its_bound() -> None:
     job = GenerateJob(model="m", into="d", count=500, truncation=0.7)
     assert draw_noise(job, 16).abs().max() <= 0.7
@@ -165,6 +174,22 @@ def test_a_swap_changes_the_face_and_nothing_outside_the_crop(
     assert pngs
 
 
+@pytest.mark.parametrize("agreed", ["none", "research"])
+def test_pictures_of_people_who_did_not_agree_are_not_swapped(
+    workspace: Workspace, swapper: Path, faces: Dataset, agreed: str
+) -> None:
+    rows = [dataclasses.replace(s, source="album") for s in faces.samples(1, "train")]
+    facts = {"album": {"licence": "CC0-1.0", "consent": agreed}}
+    write_version(workspace.dataset("album"), rows, sources=facts)
+    job = GenerateJob(model=str(swapper), into="swaps", faces="album")
+    with pytest.raises(DataError, match=rf"refused: album \(consent {agreed}\)"):
+        generate.run(job, workspace)
+    if agreed == "research":
+        generate.run(dataclasses.replace(job, purpose="detector-training"), workspace)
+        (made,) = Dataset.open(workspace.dataset("swaps")).version().sources.values()
+        assert (made["consent"], made["export"]) == ("research", False)
+
+
 def test_fraction_limits_how_many_are_swapped_and_choice_repeats(
     workspace: Workspace, swapper: Path, faces: Dataset
 ) -> None:
@@ -206,44 +231,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(
         generate.run(GenerateJob(model=str(swapper), into="x", faces="blank"), workspace)
 
 
-# -- compositing ----------------------------------------------------------------------------------------------------
-
-
-def test_a_face_painted_unchanged_lands_where_it_was_read() -> None:
-    """Crop, read the centre, put it back without mask and colour match: the picture is the same up to resampling."""
-    y, x = np.mgrid[0:120, 0:140]
-    picture = np.stack([x * 1.8, y * 2.1, 255 - x * 1.8], axis=-1).round().astype(np.uint8)
-    box, margin, coverage, side, size = (40.0, 30.0, 50.0, 60.0), 1.4, 0.8, 60, 48
-    crop = Preprocess(size=side, crop="face", margin=margin).apply(picture, box)
-    read = (
-        centre(torch.from_numpy(crop).permute(2, 0, 1)[None].float(), size, coverage)[0]
-        .permute(1, 2, 0)
-        .numpy()
-    )
-    where = placement(box, (140, 120), size, margin=margin, coverage=coverage, side=side)
-    back = cv2.warpAffine(read, where, (140, 120), flags=cv2.INTER_CUBIC)
-    inside = cv2.warpAffine(np.pad(np.ones((40, 40), np.float32), 4), where, (140, 120)) > 0.99
-    error = np.abs(back - picture)[inside]
-    assert error.mean() < 0.4  # half a pixel of displacement would be 0.95
-    pasted = paste(picture, read.round().astype(np.uint8), box, margin=margin, coverage=coverage, side=side)
-    assert np.abs(pasted.astype(int) - picture).mean() < 1
-
-
-def test_the_mask_fades_to_nothing_before_the_border() -> None:
-    mask = soft_mask(48)
-    assert mask[24, 24] == 1
-    assert not mask[0].any()
-    assert not mask[:, 0].any()
-    assert np.abs(np.diff(mask, axis=0)).max() < 0.4
-
-
-def test_matched_colours_have_the_pictures_mean_and_spread() -> None:
-    rng = np.random.default_rng(1)
-    picture = rng.normal((150, 100, 80), 12, (40, 40, 3)).clip(0, 255).astype(np.uint8)
-    painted = rng.normal((90, 110, 140), 20, (40, 40, 3)).clip(0, 255).astype(np.uint8)
-    matched = match_colour(painted, picture, np.ones((40, 40, 1), np.float32))
-    assert matched.mean(axis=(0, 1)) == pytest.approx(picture.mean(axis=(0, 1)), abs=1.5)
-    assert matched.std() == pytest.approx(picture.std(), rel=0.1)
+# -- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quality", [40, 72, 90, 96, 100])

@@ -131,3 +131,62 @@ def test_without_the_reader_a_manifest_is_still_noticed(
     monkeypatch.setitem(sys.modules, "c2pa", None)
     found = provenance.read((shared_data / "c2pa" / "C.jpg").read_bytes())
     assert (found.has_c2pa, found.c2pa_state) == (True, "unreadable")
+
+
+# -- videos and labels ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    from counterfake import video
+
+    path = tmp_path / "clip.mp4"
+    video.write(path, [np.full((48, 64, 3), 20 * i, np.uint8) for i in range(5)])
+    return path
+
+
+def test_a_marked_video_says_so_and_keeps_its_frames(clip: Path) -> None:
+    from counterfake import video
+
+    before, plain = clip.read_bytes(), [f.pixels for f in video.frames(clip, every=1)]
+    assert provenance.read_video(clip) == provenance.Provenance()
+    provenance.mark_video(clip, maker="swap@3", terms="detector training only")
+    for found in (provenance.read_video(clip), provenance.read(clip.read_bytes())):
+        assert (found.digital_source_type, found.maker) == ("compositeWithTrainedAlgorithmicMedia", "swap@3")
+        assert found.claims_synthetic
+    assert b"detector training only" in clip.read_bytes()
+    assert clip.read_bytes().startswith(before)
+    assert all((a.pixels == b).all() for a, b in zip(video.frames(clip, every=1), plain, strict=True))
+
+
+def test_marking_a_video_again_leaves_one_mark(clip: Path) -> None:
+    provenance.mark_video(clip, maker="first@1")
+    provenance.mark_video(clip, maker="second@2", source_type="trainedAlgorithmicMedia")
+    found = provenance.read_video(clip)
+    assert (found.maker, found.digital_source_type) == ("second@2", "trainedAlgorithmicMedia")
+    assert provenance.read(provenance.mark(clip.read_bytes(), maker="third@3")).maker == "third@3"
+
+
+def test_a_video_that_was_cut_short_is_not_marked_and_its_reader_does_not_stumble(clip: Path) -> None:
+    cut = clip.read_bytes()[:-7]
+    with pytest.raises(MediaError, match="whole MP4"):
+        provenance.mark(cut, maker="m")
+    assert not provenance.read(cut).claims_synthetic
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=64))
+def test_boxes_of_nonsense_are_read_as_nothing(junk: bytes) -> None:
+    assert not provenance.read(b"\0\0\0\x10ftypisom\0\0\0\0" + junk).claims_synthetic
+
+
+@pytest.mark.parametrize("size", [(640, 480), (96, 128), (40, 30)], ids=str)
+def test_a_label_is_seen_in_its_corner_and_nowhere_else(size: tuple[int, int]) -> None:
+    picture = np.full((size[1], size[0], 3), 90, np.uint8)
+    labelled = provenance.label(picture)
+    left, top, right, bottom = provenance.label_box(size)
+    assert (labelled[top:bottom, left:right] > 200).any(axis=2).mean() > 0.03
+    rest = labelled.copy()
+    rest[top:bottom, left:right] = 90
+    assert (rest == 90).all()
+    assert (bottom - top) * (right - left) < 0.5 * size[0] * size[1]

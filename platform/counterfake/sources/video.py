@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from counterfake import faces, media, video
 from counterfake.errors import ConfigError, DataError, MediaError, NotFoundError
-from counterfake.faces import MARGIN, FaceDetector, Method, Sight
+from counterfake.faces import MARGIN, FaceDetector, Method, Sight, Track
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import FAKE, REAL, SPLITS
 
@@ -63,22 +63,30 @@ class FaceCut:
             yield Skipped(facts.path, "cannot be read")
 
     def _rows(self, file: Path, facts: Sample, detector: FaceDetector) -> Iterator[Sample | Skipped]:
-        clip = self._frames(file)
+        clip = self.frames_of(file)
         held: list[video.Frame] | None = [] if self._fits(clip.info) else None
         tracks = faces.track(_holding(clip, held), detector)
         tracks = tracks[:1] if self.keep == "frame" else tracks[: self.tracks or None]
         if not tracks:
             yield Skipped(facts.path, "no_face")
             return
-        made = _Making(self, facts, detector.method)
-        for frame in held if held is not None else self._frames(file):
+        chosen = held if held is not None else self.frames_of(file)
+        yield from self.cut(chosen, facts, tracks, detector.method)
+        yield from (Skipped(facts.path, "damaged_frame", whole=False) for _ in range(clip.damaged))
+
+    def cut(
+        self, frames: Iterable[video.Frame], facts: Sample, tracks: Sequence[Track], method: str
+    ) -> Iterator[Sample | Skipped]:
+        """The rows of these frames, where it is known by `method` whose face is where."""
+        made = _Making(self, facts, method)
+        for frame in frames:
             sights = [(track.id, sight) for track in tracks if (sight := track.at(frame.index)) is not None]
             yield from (made.row(frame, number, sight) for number, sight in sights)
             if not sights:
                 yield Skipped(facts.path, "no_face", whole=False)
-        yield from (Skipped(facts.path, "damaged_frame", whole=False) for _ in range(clip.damaged))
 
-    def _frames(self, file: Path) -> video.Frames:
+    def frames_of(self, file: Path) -> video.Frames:
+        """The frames that become rows. Raises MediaError, NotFoundError."""
         if self.every:
             return video.frames(file, every=self.every, limits=video.LOCAL)
         return video.frames(file, count=self.frames, limits=video.LOCAL)
