@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from collections.abc import Iterator
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from counterfake import loop
+from counterfake import checkpoint, dist, loop
+from counterfake.cluster.worker import Order, _Reporter
 from counterfake.config import override, to_dict
 from counterfake.data import Batch, DataConfig
 from counterfake.errors import ConfigError, NonFiniteError
+from counterfake.learners import LearnerContext
+from counterfake.learners.autoencoder import AutoencoderConfig
+from counterfake.learners.classifier import ClassifierConfig
 from counterfake.learners.gan import GanConfig
-from counterfake.loop import LoopConfig, Tick, TrainJob
+from counterfake.loop import EarlyStopping, LoopConfig, Tick, TrainJob
+from counterfake.nets.classifier import SmallClassifier
+from counterfake.workspace import Workspace
 
 
 class Rows:
@@ -157,3 +169,223 @@ def test_dotted_overrides_reach_every_level() -> None:
 def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"did you mean learner\.g_lr"):
         override(job(), {"learner.g_lrr": 1})
+
+
+# -- early stopping -------------------------------------------------------------------------------------------------
+
+AUC = (0.5, 0.7, 0.6, 0.8, 0.8, 0.75, 0.7, 0.9)  # at the ticks of steps 2, 4, 6, …
+PATIENT = LoopConfig(steps=16, tick_steps=2, patience_ticks=3)
+
+
+def tick(step: int, value: float, last: bool = False) -> Tick:
+    return Tick(
+        step=step,
+        total_steps=16,
+        images=4 * step,
+        epoch=0.0,
+        metrics={"val_auc": value},
+        images_per_second=1.0,
+        due_checkpoint=True,
+        due_preview=False,
+        last=last,
+    )
+
+
+def ends_at(config: LoopConfig, values: Iterable[float]) -> int:
+    """The step of the tick that ends the run, 0 if none does."""
+    stopping = EarlyStopping(config)
+    steps = (2 * i for i, value in enumerate(values, start=1) if stopping.reason(tick(2 * i, value), 2))
+    return next(steps, 0)
+
+
+@pytest.mark.parametrize(
+    ("patience", "mode", "end"), [(1, "max", 6), (3, "max", 14), (4, "max", 0), (2, "min", 6)]
+)
+def test_a_metric_that_stands_still_for_its_patience_ends_the_run(patience: int, mode: str, end: int) -> None:
+    config = override(PATIENT, {"patience_ticks": patience, "stop_mode": mode})
+    assert ends_at(config, AUC) == end
+
+
+def test_checkpoints_far_apart_are_counted_in_ticks_not_in_looks() -> None:
+    stopping = EarlyStopping(PATIENT)
+    assert stopping.reason(tick(4, 0.7), 2) == ""
+    assert stopping.reason(tick(8, 0.6), 2) == ""
+    assert stopping.reason(tick(12, 0.6), 2) == "val_auc has not passed 0.7 of step 4 for 4 ticks"
+
+
+def test_the_last_tick_needs_no_reason_to_end() -> None:
+    assert EarlyStopping(PATIENT, best=0.9, best_step=2).reason(tick(16, 0.5, last=True), 2) == ""
+
+
+def test_a_metric_that_nobody_measures_is_named_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"'val_acc' is not measured; this run has val_auc"):
+        EarlyStopping(override(PATIENT, {"stop_metric": "val_acc"})).reason(tick(2, 0.5), 2)
+
+
+class Scripted(Counting):
+    """Counts; its AUC on held-out rows follows a script."""
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": super().step(batch)["loss"] + dist.rank()}
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        assert dist.is_main()
+        return {"auc": AUC[self.steps // 2 - 1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "images": self.images, "weight": torch.zeros(1)}
+
+
+class Recorder:
+    """A host that keeps the newest checkpoint in a folder; ranks agree by an all-reduce of JSON bytes."""
+
+    def __init__(self, folder: Path, cut_after: int = 0) -> None:
+        self.folder, self.cut_after = folder, cut_after
+        self.ticks: list[Tick] = []
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        yield self.folder if self.folder.exists() else None
+
+    def report(self, tick: Tick, folder: Path | None) -> None:
+        self.ticks.append(tick)
+        if folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.copytree(folder, self.folder)
+        if tick.step == self.cut_after:
+            raise InterruptedError
+
+    def agree(self, answer: dict[str, str]) -> dict[str, str]:
+        text = json.dumps(answer).encode() if dist.is_main() else b""
+        shared = dist.sum_over_ranks(torch.tensor(list(text.ljust(256, b"\0"))))
+        return json.loads(bytes(shared.tolist()).rstrip(b"\0"))
+
+
+def reporter(folder: Path, cut_after: int = 0, **changes: Any) -> _Reporter:
+    """A worker of a run of PATIENT, from the checkpoint in `folder` if there is one."""
+    host, start, summary = Recorder(folder / "last", cut_after), 0, {}
+    with host.last_checkpoint() as found:
+        if found:
+            state, meta = checkpoint.load(found)
+            start, summary = state["steps"], meta["summary"]
+    held_out = DataConfig(uri="held-out", batch_size=4)
+    settings = job(data=held_out, validation=held_out, loop=dataclasses.replace(PATIENT, **changes))
+    order = Order(job=settings, workspace=Workspace.at(folder), name="x", run_id="", dataset={}, commit="")
+    return _Reporter(order, host, Scripted(start), Rows(), torch.device("cpu"), None, summary)  # type: ignore[arg-type]
+
+
+def test_an_early_end_is_the_last_tick_with_its_checkpoint_and_its_reason(tmp_path: Path) -> None:
+    worker = reporter(tmp_path)
+    assert worker.trained()
+    end = worker.host.ticks[-1]
+    assert (end.step, end.total_steps, end.last, end.due_preview) == (14, 14, True, True)
+    assert [t.last for t in worker.host.ticks[:-1]] == [False] * 6
+    assert worker.summary["stopped"] == "val_auc has not passed 0.8 of step 8 for 3 ticks"
+    assert checkpoint.read_meta(tmp_path / "last")["summary"]["steps"] == 14
+
+
+@pytest.mark.parametrize("cut_after", [2, 8, 12])
+def test_a_killed_run_ends_early_where_the_whole_one_does(tmp_path: Path, cut_after: int) -> None:
+    with pytest.raises(InterruptedError):
+        reporter(tmp_path, cut_after).trained()
+    again = reporter(tmp_path)
+    assert again.trained()
+    assert again.learner.steps == 14
+    assert again.summary["stopped"] == "val_auc has not passed 0.8 of step 8 for 3 ticks"
+
+
+def test_a_run_killed_after_its_early_end_does_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        reporter(tmp_path, cut_after=14).trained()
+    again = reporter(tmp_path)
+    assert again.trained()
+    assert (again.learner.steps, again.host.ticks) == (14, [])
+
+
+def _rank(rank: int, folder: Path, stop_metric: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    worker = reporter(folder / str(rank), stop_metric=stop_metric)
+    try:
+        worker.trained()
+        results.put((worker.learner.steps, worker.summary["stopped"], worker.summary["metrics"]["loss"]))
+    except ConfigError as error:
+        results.put(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, stop_metric: str) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, folder, stop_metric, results)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = [results.get(timeout=120) for _ in ranks]
+    for process in ranks:
+        process.join(30)
+    return found
+
+
+def test_two_ranks_end_at_the_same_tick_though_only_one_validates(tmp_path: Path) -> None:
+    reason = "val_auc has not passed 0.8 of step 8 for 3 ticks"
+    assert on_two_ranks(tmp_path, "val_auc") == [(14, reason, 14.0)] * 2  # mean of 13, 14 and 14, 15
+
+
+def test_two_ranks_refuse_a_metric_that_nobody_measures_together(tmp_path: Path) -> None:
+    assert (
+        on_two_ranks(tmp_path, "val_f1")
+        == ["loop.stop_metric 'val_f1' is not measured; this run has loss, val_auc"] * 2
+    )
+
+
+def test_patience_without_held_out_rows_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"val_auc is measured on held-out rows but the job has no validation"
+    ):
+        job(loop=PATIENT)
+    assert job(loop=override(PATIENT, {"stop_metric": "g_loss"})).loop.patience_ticks == 3
+
+
+# -- compiled networks ----------------------------------------------------------------------------------------------
+
+
+def context(**changes: Any) -> LearnerContext:
+    return LearnerContext(
+        **{"batch_size": 4, "images_per_epoch": 8, "total_images": 8, "channels": 1, "size": 28, **changes}
+    )
+
+
+def test_only_a_run_that_asks_for_it_compiles_its_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(net))
+    config = ClassifierConfig(net=SmallClassifier.tiny())
+    learner = config.build(device=torch.device("cpu"), context=context())
+    assert not compiled
+    learner = config.build(device=torch.device("cpu"), context=context(compile=True))
+    assert compiled == [learner.net]
+
+
+def test_a_learner_without_a_compiled_form_says_so() -> None:
+    with pytest.raises(ConfigError, match="AutoencoderConfig has no compiled form"):
+        job(task="autoencoder", learner=AutoencoderConfig(), loop=LoopConfig(steps=1, compile=True))
+
+
+def test_penalties_with_second_derivatives_are_not_compiled() -> None:
+    config = GanConfig(r1_gamma=1.0)
+    with pytest.raises(ConfigError, match=r"which torch\.compile lacks"):
+        config.build(device=torch.device("cpu"), context=context(compile=True))
+
+
+@pytest.mark.full
+def test_a_compiled_net_trains_like_the_plain_one() -> None:
+    losses = []
+    for compile_ in (False, True):
+        dist.seed_build(0)
+        config = ClassifierConfig(net=dataclasses.replace(SmallClassifier.tiny(), dropout=0.0), shift=0)
+        learner = config.build(device=torch.device("cpu"), context=context(compile=compile_))
+        batch = next(Rows().batches())
+        batch = dataclasses.replace(
+            batch, images=torch.arange(4 * 28 * 28).view(4, 1, 28, 28).remainder(256).byte()
+        )
+        losses.append([float(learner.step(batch)["loss"]) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -82,6 +82,11 @@ class _RayHost:
         if self._progress is not None and dist.is_main():
             self._progress.put.remote(dataclasses.asdict(tick))
 
+    def agree(self, answer: dict[str, str]) -> dict[str, str]:
+        from ray.train.collective import broadcast_from_rank_zero  # waits as long as a report, unlike gloo
+
+        return broadcast_from_rank_zero(answer)
+
 
 def _mend(store: Store) -> None:
     """Remove Ray's list of checkpoints if it is cut off: Ray 2.60 writes it in place, and a driver killed meanwhile

@@ -45,6 +45,9 @@ class _Host:
         if self._on_progress:
             self._on_progress(tick)
 
+    def agree(self, answer: dict[str, str]) -> dict[str, str]:
+        return answer
+
     def last_uri(self) -> str:
         return f"{self._store.uri}/{self._complete()[-1]}"
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FLAGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one poll of the controller: 2 s by default
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # a rank that never reports; Ray's default is none
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # a hung rank never answers; Ray waits 30 s before it is killed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # small machines
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints twice otherwise
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # read_parquet is 4-7 times slower with it

@@ -45,7 +45,8 @@ class TrainResult:
     seconds: float  # wall time of `fit`, restarts included, of the process that finished the run
     images_per_second: float  # over all steps, without checkpoints and start-up
     registered: str = ""  # "name/version" where job.register_as is set
-    rollbacks: Sequence[dict[str, Any]] = ()  # {step, to_step, lr_factor, reason} of each return to a checkpoint
+    stopped: str = ""  # why the run ended before its duration; "" if it did not
+    rollbacks: Sequence[dict[str, Any]] = ()  # step, to_step, lr_factor, reason of each return
     reused: bool = False  # the job had been finished before; nothing was trained
 
 

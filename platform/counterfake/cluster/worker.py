@@ -71,6 +71,9 @@ class Host(Protocol):
     def report(self, tick: loop.Tick, folder: Path | None) -> None:
         """Take the metrics and, from rank 0, a checkpoint folder, which may be deleted afterwards."""
 
+    def agree(self, answer: dict[str, str]) -> dict[str, str]:
+        """Rank 0's `answer`, on every rank. All ranks call it; they may wait as long as for a report."""
+
 
 def work(order: Order, host: Host) -> dict[str, Any]:
     """Train to the end of the job, from the newest checkpoint if there is one -> the figures of the whole run."""
@@ -118,6 +121,8 @@ class _Reporter:
 
     def trained(self) -> bool:
         """Train to the end of the job -> whether that went well; `failure` says why not."""
+        if self.summary.get("stopped"):  # the last checkpoint is that of an early end
+            return True
         settings, start = self.order.job.loop, self.learner.steps
         try:
             loop.train(
@@ -127,7 +132,8 @@ class _Reporter:
             self.failure = error
         return self.failure is None
 
-    def on_tick(self, tick: loop.Tick) -> None:
+    def on_tick(self, tick: loop.Tick) -> str | None:
+        """Measure, decide whether to stop, log, store -> why the run ends here, the same on every rank."""
         if isinstance(self.learner, Recoverable):
             self.learner.check()
         if tick.due_checkpoint and self.order.job.validation and dist.is_main():
@@ -135,9 +141,38 @@ class _Reporter:
             tick = dataclasses.replace(
                 tick, metrics={**tick.metrics, **{f"val_{k}": v for k, v in found.items()}}
             )
+        stopped = self._stopped(tick)
+        if stopped:
+            tick = dataclasses.replace(tick, last=True, due_preview=True, total_steps=tick.step)
+            self.summary["stopped"] = stopped
         self._add(tick)
         if self.run:
             self._log(self.run, tick)
+        self._report(tick)
+        return stopped
+
+    def _stopped(self, tick: loop.Tick) -> str | None:
+        """Why every rank ends with this tick. Rank 0 decides: it alone has seen the held-out rows."""
+        settings = self.order.job.loop
+        if not (settings.patience_ticks and tick.due_checkpoint):
+            return None
+        answer = self.host.agree(self._judged(tick) if dist.is_main() else {})
+        if "error" in answer:  # on every rank, or the others would wait for a report that never comes
+            raise ConfigError(answer["error"])
+        return answer["stop"] or None
+
+    def _judged(self, tick: loop.Tick) -> dict[str, str]:
+        settings = self.order.job.loop
+        stopping = loop.EarlyStopping(settings, **self.summary.get("stopping", {}))
+        try:
+            reason = stopping.reason(tick, settings.tick_steps or self.loader.steps_per_epoch)
+        except ConfigError as error:
+            return {"error": str(error)[:500]}  # Ray shares less than 1 kB
+        self.summary["stopping"] = {"best": stopping.best, "best_step": stopping.best_step}
+        return {"stop": reason}
+
+    def _report(self, tick: loop.Tick) -> None:
+        """To the host; from rank 0 with a checkpoint where one is due."""
         if not (tick.due_checkpoint and dist.is_main()):
             self.host.report(tick, None)
             return
@@ -160,6 +195,8 @@ class _Reporter:
     def _log(self, run: Run, tick: loop.Tick) -> None:
         speed = {"images_per_second": tick.images_per_second, "images": tick.images, "epoch": tick.epoch}
         run.metrics({**tick.metrics, **speed}, step=tick.step)
+        if "stopped" in self.summary:
+            run.tags({"stopped": self.summary["stopped"]})
         if tick.due_preview:
             for name, picture in self.learner.preview(self._fixed_batch()).items():
                 run.picture(name, picture, step=tick.step)
@@ -238,6 +275,7 @@ def _context(job: loop.TrainJob, loader: Loader) -> LearnerContext:
         identities=tuple(loader.identities),
         makers=tuple(loader.makers),
         precision=job.loop.precision,
+        compile=job.loop.compile,
     )
 
 

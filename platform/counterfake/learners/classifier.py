@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ UNKNOWN = -1  # class_id of a row without a class
 class ClassifierConfig(LearnerConfig):
     """Schedules are counted in images, so they do not change with the batch size."""
 
+    compiles: ClassVar[bool] = True
     net: SmallClassifier = field(default_factory=SmallClassifier)
     lr: float = 3e-3  # at the top of the cycle
     warmup: float = 0.2  # share of the run until the top; then half a cosine to 0
@@ -61,7 +62,7 @@ class ClassifierLearner:
         self.config, self.device, self.context = config, device, context
         self.steps = self.images = 0
         self.net: Classifier = config.net.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._parallel = dist.data_parallel(self.net)
+        self._parallel = dist.data_parallel(context.compiled(self.net))
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ FLAT = 0.02  # spread over samples, of the range [-1, 1], below which they are a
 class GanConfig(LearnerConfig):
     """Two players, one loss. The defaults are the article's DCGAN on MNIST."""
 
+    compiles: ClassVar[bool] = True
     generator: NetConfig = field(default_factory=DcganGenerator)
     discriminator: NetConfig = field(default_factory=DcganDiscriminator)
     loss: Loss = "non_saturating"
@@ -131,6 +132,11 @@ class Gan:
                 "a gradient penalty needs a discriminator whose answers do not depend on the rest of the batch; "
                 "use one without batch norm, or set learner.gp_weight=0 and learner.r1_gamma=0"
             )
+        if self._penalised and context.compile:
+            raise ConfigError(
+                "gradient penalties have second derivatives, which torch.compile lacks; set loop.compile=false"
+            )
+        generator, discriminator = context.compiled(generator), context.compiled(discriminator)
         self.average = (
             copy.deepcopy(generator).requires_grad_(False).eval() if config.ema_halflife_images else None
         )
