@@ -34,13 +34,14 @@ def load(name: str) -> ModuleType:
 
 
 def preset(module: ModuleType, name: str | None) -> Any:
-    """The job dataclass of a preset. Without a name: the only one there is."""
+    """The job dataclass of a preset. Without a name: the only one there is, or the one the module calls USUAL."""
     presets: dict[str, Any] = {key.replace("_", "-"): make for key, make in module.PRESETS.items()}
     job = module.__name__.rpartition(".")[2].replace("_", "-")
     if name is None:
-        if len(presets) > 1:
+        usual = getattr(module, "USUAL", "")
+        if len(presets) > 1 and not usual:
             raise ConfigError(f"{job} has several presets, name one: {', '.join(presets)}")
-        name = next(iter(presets))
+        name = usual or next(iter(presets))
     wanted = name.replace("_", "-")
     if wanted not in presets:
         raise ConfigError(f"{job} has no preset {name!r}; {_nearest(wanted, list(presets))}")

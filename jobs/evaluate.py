@@ -75,6 +75,7 @@ def robust() -> EvaluateJob:
 
 
 PRESETS: dict[str, Callable[[], EvaluateJob]] = {"detector": detector, "robustness": robust}
+USUAL = "detector"  # without a name
 
 
 def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
