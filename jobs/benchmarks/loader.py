@@ -40,7 +40,7 @@ def setting_up(job: Any, folder: Path, console: Any) -> dict[str, Any]:
     dataset = folder / f"dataset-{job.size}-{job.pictures}"
     if not (dataset / "versions").exists():
         console.event("writing them as a dataset")
-        _store(files, dataset)
+        store(files, dataset)
     return {
         "files": str(files),
         "dataset": dataset.as_uri(),
@@ -361,7 +361,8 @@ def _draw_some(chunk: tuple[str, int, range]) -> int:
     return len(numbers)
 
 
-def _store(files: Path, dataset: Path) -> None:
+def store(files: Path, dataset: Path, rows_per_shard: int = 4096) -> None:
+    """The files as a dataset of one split."""
     from counterfake.records import Sample, SplitRule, write_version
 
     def samples() -> Iterator[Sample]:
@@ -370,4 +371,11 @@ def _store(files: Path, dataset: Path) -> None:
 
     rights = {"benchmark": {"licence": "Apache-2.0", "consent": "synthetic"}}
     splits = SplitRule(fractions={"train": 1.0}, by="id")
-    write_version(dataset.as_uri(), samples(), sources=rights, splits=splits, writer={"job": "benchmark"})
+    write_version(
+        dataset.as_uri(),
+        samples(),
+        sources=rights,
+        splits=splits,
+        writer={"job": "benchmark"},
+        rows_per_shard=rows_per_shard,
+    )

@@ -36,12 +36,16 @@ COMPARISONS = {
     "cold_to_slower_of_decoding_and_get": ("s3-cold", ("local", "ranged-get")),
 }
 BUCKET = "benchmark"
+SHARDS = 80  # an epoch begins with 16 of them: 4 lanes that mix 4 each
 
 
 def setting_up(job: Any, folder: Path, console: Any) -> dict[str, Any]:
-    """The input of the benchmark `loader`, and a folder for caches."""
+    """The pictures of the benchmark `loader` in SHARDS shards: of a large set, only a part is needed at the start, too."""
     found = loader.setting_up(job, folder.parent / "loader", console)
-    return {"dataset": found["dataset"], "cache": str(folder / "cache")}
+    dataset = folder / f"dataset-{job.size}-{job.pictures}"
+    if not (dataset / "versions").exists():
+        loader.store(Path(found["files"]), dataset, max(64, job.pictures // SHARDS))
+    return {"dataset": dataset.as_uri(), "cache": str(folder / "cache")}
 
 
 def conclusions(facts: dict[str, Any]) -> dict[str, Any]:
