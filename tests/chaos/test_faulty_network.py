@@ -78,4 +78,6 @@ def test_a_stalled_endpoint_ends_training_data_by_the_deadline_with_what_to_do(
         StorageTimeoutError, match=r"faces@1 .*the deadline is 2 s: check that the endpoint is up"
     ):
         next(loader.batches())
-    assert time.monotonic() - begun < 2 * 2.0 + 2  # a fetcher and the decoder that asks again
+    assert (
+        time.monotonic() - begun < 20
+    )  # two deadlines (a fetcher, the decoder that asks again), not the stall of 30 s

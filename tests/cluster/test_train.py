@@ -151,7 +151,7 @@ def test_more_cpus_than_there_are_is_refused_at_once(ray_local: object, shared: 
     started = time.perf_counter()
     with pytest.raises(ClusterError, match="2 workers with 64 CPUs each need 128 CPUs but the cluster has 2"):
         fit(job("greedy", workers=2, cpus_per_worker=64.0), shared)
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 30  # before any worker is placed
 
 
 def test_a_worker_larger_than_every_node_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_a_search_finds_records_and_returns_the_best(
     assert tracker.read(result.run_id)["status"] == "FINISHED"
     started = time.monotonic()
     again = search(job("tiny"), SPACE, prepared, trials=3)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # no cluster is started and no trial runs
     assert again == dataclasses.replace(result, reused=True)
 
 
