@@ -7,8 +7,11 @@ STAMP := $(VENV)/.installed
 INSTALL_KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 DATA ?=
 KEEP ?=
+export DATA
+# One file of unit tests per process at a time; those that start Ray, or kill, have the machine to themselves.
+UNIT := $(BIN)/python -m pytest tests/test_layout.py tests/unit -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast check format bench up down clean
+.PHONY: help setup demo test test-fast promises check format bench up down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,7 +19,7 @@ help: ## this list
 setup: $(STAMP)-$(INSTALL_KEY) ## make .venv with the versions that were tested together
 
 $(STAMP)-$(INSTALL_KEY):
-	@$(PYTHON) -c 'import sys; v = sys.version_info; assert (3, 11) <= v[:2] < (3, 13), f"Python 3.11 or 3.12 is needed, this is {v.major}.{v.minor}; set PYTHON=python3.11"'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -24,18 +27,22 @@ $(STAMP)-$(INSTALL_KEY):
 	@rm -f $(STAMP)-* && touch $@
 
 demo: setup ## the main job from end to end: faces, shards, GAN, swap, detectors, ensemble, service, report
-	$(BIN)/counterfake run demo $(if $(DATA),--set data=$(DATA)) $(if $(KEEP),--set keep=true)
+	$(BIN)/counterfake run demo $(if $(DATA),--set "data=$$DATA") $(if $(filter-out 0 no false,$(KEEP)),--set keep=true)
 
 test: setup ## lint, types, layout and every test that can run on this machine
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(UNIT)
+	$(BIN)/python -m pytest tests/chaos tests/cluster tests/serving tests/gpu
 
 test-fast: setup ## layout and unit tests only
-	$(BIN)/python -m pytest tests/test_layout.py tests/unit -q
+	$(UNIT)
+
+promises: setup ## what must hold when things break, at the full figures: kills, races, faults, flips; about 30 minutes
+	$(BIN)/python -m pytest --full -m 'full or chaos' -rP --show-capture=stdout
 
 check: setup ## format, lint, types, layout and unit tests: before every commit
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py tests/unit -q
+	$(UNIT)
 
 format: setup ## apply the formatter and safe fixes
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

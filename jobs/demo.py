@@ -77,12 +77,19 @@ def run(job: DemoJob, workspace: Workspace, *, console: Console | None = None) -
     _require_free(job.port)
     walk = _Walk(job, workspace, console)
     cpus = len(os.sched_getaffinity(0))
-    with session.session(workspace, cpus=max(cpus, 2)):
-        for stage in (_dataset, _gan, _swap, _fakes, _tune, _detector, _benford, _ensemble, _champion):
+    learning = (_dataset, _gan, _swap, _fakes, _tune, _detector, _benford, _ensemble, _champion)
+    answering = (_served, _metrics)
+    with (
+        session.session(workspace, cpus=max(cpus, 2)),
+        console.progress("the main job", len(learning) + len(answering)) as advance,
+    ):
+        for stage in learning:
             walk.take(stage)
+            advance(1)
         try:
-            walk.take(_served)
-            walk.take(_metrics)
+            for stage in answering:
+                walk.take(stage)
+                advance(1)
         finally:
             _stop_serving()
     summary = walk.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from counterfake import images, media
+from counterfake import images, media, provenance
 from counterfake.evaluation import report as page
 from counterfake.records import Dataset
 from counterfake.tracking import Tracker
@@ -102,9 +102,9 @@ def _made(extras: Mapping[str, Any], workspace: Workspace) -> page.Section:
             tiles.append(media.decode_trusted(sample.media))
     for maker, tiles in found.items():
         if tiles:
-            pictures.append(
-                (names.get(maker, f"made by {maker}"), media.encode(images.grid(tiles, 6), "png"))
-            )
+            sheet = media.encode(images.grid(tiles, 6), "png")
+            shown = sheet if maker == "camera" else provenance.mark(sheet, maker=maker)
+            pictures.append((names.get(maker, f"made by {maker}"), shown))
     text = (
         "Real here means: drawn by the platform's own face painter, so that the demo needs no download. GAN and "
         "face swap were trained for a minute or two on some hundreds of pictures, and are as good as that allows. "

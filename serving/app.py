@@ -25,15 +25,16 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 
 from counterfake import config
-from counterfake.errors import MediaError, ServiceError
+from counterfake.errors import ServiceError
 from counterfake.telemetry import Telemetry
 from counterfake.workspace import Workspace
-from serving.gateway import Overloaded, Unavailable, create_app
+from serving import opinions
+from serving.gateway import Unavailable, create_app
 from serving.heart import Heart
 from serving.schemas import Following, Model
 from serving.settings import APPLICATION, Autoscale, Settings
@@ -42,8 +43,6 @@ from serving.verdicts import Score
 __all__ = ["APPLICATION", "Autoscale", "Settings", "application", "build", "start", "stop"]
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = 3  # per detector and picture, when a replica dies under it; judging twice is harmless
 
 
 def application(arguments: Mapping[str, Any]) -> serve.Application:
@@ -56,42 +55,50 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         changes.pop("tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI"),
     )
     settings = config.override(Settings(), config.flatten(changes))
-    return build(settings, workspace, begin(settings, workspace))
+    return build(settings, workspace, *begin(settings, workspace))
 
 
-def begin(settings: Settings, workspace: Workspace) -> tuple[str, ...]:
-    """Resolve, verify and try the model, and record it as the one to begin with. Returns its detectors' names."""
+def begin(settings: Settings, workspace: Workspace) -> tuple[tuple[str, ...], str]:
+    """Resolve, verify and try the model, and record it as the one to begin with. Its detectors' names, and the build's id."""
     from serving import control, models  # torch and mlflow; gateways do without
 
     model = models.RegistrySource(settings.model, workspace).start()
-    control.write_start(settings, workspace, model)
-    return tuple(member.name for member in model.members)
+    started = control.write_start(settings, workspace, model)
+    return tuple(member.name for member in model.members), started
 
 
-def build(settings: Settings, workspace: Workspace, members: tuple[str, ...]) -> serve.Application:
-    """The application graph: gateway -> detectors, everyone -> control."""
+def build(
+    settings: Settings, workspace: Workspace, members: tuple[str, ...], version: str
+) -> serve.Application:
+    """The application graph: gateway -> detectors, everyone -> control. Deployed again with the same version, what is there
+    stays; only the gateway is rolled when its detectors are others."""
     from serving.control import Control
     from serving.detector import Detector
 
-    control = serve.deployment(
-        Control,
-        name="control",
-        num_replicas=1,
-        max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+    control = _versioned(
+        serve.deployment(
+            Control,
+            name="control",
+            num_replicas=1,
+            max_ongoing_requests=1000,
+            ray_actor_options={"num_cpus": 0},
+        ),
+        version,
     ).bind(settings, workspace)
     user_config = {
         "batch_size": settings.batch_size,
         "batch_wait_seconds": settings.batch_wait_seconds,
         "threads": settings.threads,
     }
-    detectors = {
-        name: _deployment(Detector, deployment_name(name), settings.detectors, user_config=user_config).bind(
-            name, settings, workspace, control
+    seconds = settings.answer_seconds + 5
+    detectors = {}
+    for name in members:
+        made = _deployment(
+            Detector, deployment_name(name), settings.detectors, seconds, user_config=user_config
         )
-        for name in members
-    }
-    return _deployment(Gateway, "gateway", settings.gateway).bind(settings, control, detectors)
+        detectors[name] = _versioned(made, version).bind(name, settings, workspace, control)
+    gateway = _deployment(Gateway, "gateway", settings.gateway, settings.upload_seconds + seconds)
+    return _versioned(gateway, f"{version} {' '.join(members)}").bind(settings, control, detectors)
 
 
 def deployment_name(member: str) -> str:
@@ -115,7 +122,7 @@ def start(
         ray.is_initialized() and APPLICATION in _applications()
     ):  # else it is ours, and is updated in place
         _require_free(settings.host, settings.port)
-    members = begin(settings, workspace)
+    members, version = begin(settings, workspace)
     if not ray.is_initialized():
         from counterfake.cluster import session
 
@@ -125,7 +132,7 @@ def start(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
     try:
-        _deploy(build(settings, workspace, members))
+        _deploy(build(settings, workspace, members, version))
         _wait_until_ready(url, settings.ready_seconds)
     except BaseException:
         stop()
@@ -149,9 +156,9 @@ def stop() -> None:
         serve.shutdown()
 
 
-def redeploy(settings: Settings, workspace: Workspace, members: tuple[str, ...]) -> None:
+def redeploy(settings: Settings, workspace: Workspace, members: tuple[str, ...], version: str) -> None:
     """The running application with these detectors. Control and the detectors that were there stay as they are."""
-    _deploy(build(settings, workspace, members))
+    _deploy(build(settings, workspace, members, version))
 
 
 class Gateway:
@@ -162,6 +169,7 @@ class Gateway:
     ) -> None:
         self._settings, self._control, self._detectors = settings, control, detectors
         self._telemetry = Telemetry()
+        opinions.begin(self._telemetry, detectors)
         self._heart = Heart(control, "gateway", self._telemetry, settings.heartbeat_seconds)
         await self._heart.start()
 
@@ -180,12 +188,9 @@ class Gateway:
         return self._heart.directive.following if self._heart.directive else None
 
     async def score(self, model: Model, data: bytes) -> dict[str, Score]:
-        """All members at once. One that cannot be reached is left out; a picture that one finds unsound is refused."""
+        """All members at once. One that cannot be reached or breaks is left out; a picture that one finds unsound is refused."""
         names = [member.name for member in model.members]
-        answers = await asyncio.gather(*(self._ask(name, model.digest, data) for name in names))
-        if all(score.reason == "unavailable" for score in answers):
-            raise Unavailable(f"none of {', '.join(names)} answers")
-        return dict(zip(names, answers, strict=True))
+        return await opinions.gather(self._detectors, names, model.digest, data, self._telemetry)
 
     async def metrics(self) -> bytes:
         """From Control, with this replica's newest counts in it."""
@@ -201,22 +206,6 @@ class Gateway:
     def _reaches(self, model: Model) -> bool:
         return all(member.name in self._detectors for member in model.members)
 
-    async def _ask(self, name: str, digest: str, data: bytes) -> Score:
-        for attempt in range(ATTEMPTS):
-            try:
-                score: Score = await self._detectors[name].judge.remote(digest, data)
-                return score
-            except BackPressureError:
-                raise Overloaded(name) from None
-            except (RayActorError, RayServeException) as error:
-                logger.warning("%s was lost under a picture: %s", name, type(error).__name__)
-                await asyncio.sleep(0.1 * (attempt + 1))
-            except RayTaskError as error:
-                if isinstance(error.cause, MediaError):
-                    raise error.cause from None
-                raise
-        return Score(probability=None, reason="unavailable")  # the ensemble has a fit for those that are left
-
 
 Gateway = serve.ingress()(Gateway)  # type: ignore[misc]  # late: the ASGI application is made by the replica
 
@@ -229,7 +218,14 @@ def _deploy(graph: serve.Application) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _deployment(cls: type[Any], name: str, scale: Autoscale, **more: Any) -> Any:
+def _versioned(deployment: Any, version: str) -> Any:
+    """Serve replaces every replica of an application that is deployed again, unless the version is the one that runs. It
+    makes versions up itself where none is given, and its option for giving one is an internal one."""
+    return deployment.options(version=version, _internal=True)
+
+
+def _deployment(cls: type[Any], name: str, scale: Autoscale, seconds: float, **more: Any) -> Any:
+    """seconds: that a replica which ends may take to finish what it has begun."""
     return serve.deployment(
         cls,
         name=name,
@@ -244,7 +240,7 @@ def _deployment(cls: type[Any], name: str, scale: Autoscale, **more: Any) -> Any
         max_ongoing_requests=scale.max_ongoing_requests,
         max_queued_requests=scale.max_queued_requests,
         ray_actor_options={"num_cpus": scale.cpus},
-        graceful_shutdown_timeout_s=20.0,
+        graceful_shutdown_timeout_s=seconds,
         health_check_period_s=5.0,
         **more,
     )

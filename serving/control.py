@@ -158,7 +158,7 @@ class Control:
 
         members = dict.fromkeys([m.name for kept in self._follower.hold for m in kept.members])
         task = ray.remote(num_cpus=0, max_retries=1)(app.redeploy)
-        task.remote(self._settings, self._workspace, tuple(members))
+        task.remote(self._settings, self._workspace, tuple(members), self._build)
         logger.info("deploying detectors %s for version %s", ", ".join(members), model.version)
 
 

@@ -6,7 +6,6 @@ Pictures are decoded side by side and predicted in batches: a batch is whatever 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from ray import serve
 
-from counterfake import predictor
+from counterfake import memory, predictor
 from counterfake.errors import CounterfakeError
 from counterfake.registry import Registry
 from counterfake.telemetry import Telemetry
@@ -35,7 +34,7 @@ class Detector:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, member: str, settings: Settings, workspace: Workspace, control: Any
     ) -> None:
-        _keep_memory()
+        memory.keep()
         self._member, self._cache, self._limits = member, workspace.cache, settings.limits
         self._registry = Registry.at(workspace)
         self._telemetry = Telemetry()
@@ -154,13 +153,3 @@ def _predict_all(items: list[tuple[Any, Any, float]]) -> list[float]:
         for index, value in zip(chosen, loaded.predict([items[i][1] for i in chosen]), strict=True):
             answers[index] = float(value)
     return answers
-
-
-def _keep_memory() -> None:
-    """glibc keeps freed memory instead of returning and faulting it in again at every forward pass."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        logger.info("no glibc here; memory is managed as the system does")

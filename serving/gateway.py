@@ -105,7 +105,13 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 def _add_detection(app: FastAPI, backend: Backend, settings: Settings, telemetry: Telemetry) -> None:
     pool = ThreadPoolExecutor(settings.decode_threads, "decode")
 
-    @app.post("/v1/detect", response_model=Verdict, responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    @app.post(
+        "/v1/detect",
+        response_model=Verdict,
+        response_description="The verdict, what each detector thought, and which model said so.",
+        responses=_PROBLEMS,
+        openapi_extra={"requestBody": _BODY},
+    )
     async def detect(request: Request) -> Response:
         """Is this picture real or fake? Takes a JPEG, PNG or WEBP as raw body or as multipart field `file`."""
         started = time.perf_counter()
@@ -132,18 +138,23 @@ def _add_detection(app: FastAPI, backend: Backend, settings: Settings, telemetry
 
 
 def _add_status(app: FastAPI, backend: Backend) -> None:
-    @app.get("/v1/models", response_model=Models)
+    @app.get("/v1/models", response_model=Models, response_description="What answers now.")
     async def models() -> Models:
         """The ensemble that answers now, its detectors and held-out figures, and how the followed alias stands."""
         model = backend.model()
         return Models(models=(model,) if model else (), following=backend.following())
 
-    @app.get("/healthz", response_model=dict[str, str])
+    @app.get("/healthz", response_model=dict[str, str], response_description="It is alive.")
     async def healthz() -> dict[str, str]:
         """200 as long as this process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", response_model=dict[str, str], responses={503: _PROBLEMS[503]})
+    @app.get(
+        "/readyz",
+        response_model=dict[str, str],
+        response_description="Which model is loaded.",
+        responses={503: _PROBLEMS[503]},
+    )
     async def readyz() -> dict[str, str]:
         """200 once a model is loaded and pictures can be judged."""
         model = backend.model()
@@ -151,7 +162,12 @@ def _add_status(app: FastAPI, backend: Backend) -> None:
             raise ProblemError(503, "no_model", "no model is loaded yet", 5)
         return {"status": "ready", "model": f"{model.name}/{model.version}", "digest": model.digest}
 
-    @app.get("/metrics", response_class=Response, responses={503: _PROBLEMS[503]})
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        response_description="Every metric, summed over all processes.",
+        responses={503: _PROBLEMS[503]},
+    )
     async def metrics() -> Response:
         """Prometheus text format 0.0.4, for the whole application."""
         try:
@@ -215,7 +231,7 @@ async def _score(backend: Backend, model: Model, data: bytes, seconds: float) ->
     except Unavailable as error:
         logger.warning("detectors unavailable: %s", error)
         raise ProblemError(
-            503, "detectors_unavailable", "a detector is restarting; send the picture again", 2
+            503, "detectors_unavailable", "no detector can answer now; send the picture again", 2
         ) from None
 
 

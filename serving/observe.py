@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from counterfake.telemetry import Telemetry
@@ -15,6 +16,7 @@ from serving import problems
 
 logger = logging.getLogger(__name__)
 
+REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")  # of a proxy in front; anything else is not repeated
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 SECURITY_HEADERS = {
@@ -42,14 +44,18 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["counterfake.request_id"] = request_id
+        method, scope["method"] = scope["method"], {"HEAD": "GET"}.get(scope["method"], scope["method"])
         answer: dict[str, Any] = {"status": 0}
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer["status"] = message["status"]
-                _add_headers(MutableHeaders(scope=message), request_id)
+                _add_headers(MutableHeaders(scope=message), "" if request_id == given else request_id)
+            elif method == "HEAD":  # the headers of GET, nothing more
+                message = {**message, "body": b""}
             await send(message)
 
         started = time.perf_counter()
@@ -66,13 +72,13 @@ class Observe:
             await failed(scope, receive, observed_send)
         finally:
             self._telemetry.add("counterfake_http_in_flight", -1)
-            self._count(scope, answer["status"], time.perf_counter() - started)
+            self._count(scope, method, answer["status"], time.perf_counter() - started)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+    def _count(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(
             scope.get("route"), "path", "other"
         )  # the template, so that a scan of addresses adds no series
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = method if method in METHODS else "other"
         self._telemetry.count(
             "counterfake_http_requests_total", route=route, method=method, status=str(status)
         )
@@ -85,7 +91,9 @@ class Observe:
 
 
 def _add_headers(headers: MutableHeaders, request_id: str) -> None:
-    headers["X-Request-Id"] = request_id
+    """request_id: "" where the proxy in front gave the id and says it itself."""
+    if request_id:
+        headers["X-Request-Id"] = request_id
     for name, value in SECURITY_HEADERS.items():
         headers[name] = value
     headers.setdefault("Cache-Control", "no-store")

@@ -109,7 +109,7 @@ class DetectorScore(BaseModel):
     probability: float | None = Field(description="Of fake, before calibration; None if it did not answer.")
     weight: float = Field(description="Its weight in the ensemble's logistic stack; 0 if it did not answer.")
     reason: str | None = Field(
-        default=None, description="Why it did not answer: no_face, too_small, unavailable."
+        default=None, description="Why it did not answer: no_face, too_small, unavailable, failed."
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from counterfake.ensemble import MAX_MISSING, Ensemble
+from counterfake.errors import DataError
 from serving.schemas import DetectorScore, Model, ModelReference, Verdict
 
 
@@ -61,7 +62,10 @@ def _fit_for(everyone: Ensemble, present: Mapping[str, float]) -> Ensemble | Non
     members = len(everyone.members)
     if members - len(present) > min(MAX_MISSING, members - 1):
         return None
-    return everyone.only(list(present))
+    try:
+        return everyone.only(list(present))
+    except DataError:  # an ensemble that was fitted without fits for fewer members
+        return None
 
 
 def _detectors(model: Model, scores: Mapping[str, Score], used: Ensemble | None) -> list[DetectorScore]:

@@ -115,6 +115,12 @@ METRICS: tuple[Spec, ...] = (
         buckets=_SECONDS,
     ),
     Spec(
+        name="counterfake_detector_errors_total",
+        kind="counter",
+        about="Pictures a detector owed an opinion of: unavailable after retries, failed in its own code, or overloaded.",
+        labels=("detector", "reason"),
+    ),
+    Spec(
         name="counterfake_detector_queue",
         kind="gauge",
         about="Pictures inside a detector: being decoded, waiting or predicted.",

@@ -32,12 +32,18 @@ function fields(spec, name) {
   return table;
 }
 
+function prose(text) {  // `code` in backticks
+  const made = node("p");
+  text.split("`").forEach((part, index) => made.append(index % 2 ? node("code", "", part) : part));
+  return made;
+}
+
 function route(spec, path, method, operation) {
   const card = node("section", "card");
   card.id = operation.operationId;
   const title = node("h2");
   title.append(node("span", "method", method.toUpperCase()), node("code", "", path));
-  card.append(title, node("p", "", operation.description || operation.summary || ""));
+  card.append(title, prose(operation.description || operation.summary || ""));
   const answers = node("table");
   for (const [status, answer] of Object.entries(operation.responses)) {
     const kinds = Object.values(answer.content || {}).map((content) => schemaName(content.schema));

@@ -13,6 +13,14 @@ const REASONS = {
   no_face: "No face was found, and these detectors judge faces.",
   out_of_domain: "It is unlike anything the detectors were tested on.",
   too_small: "It is too small to carry traces.",
+  unavailable: "Too few detectors could be reached; try it again.",
+  failed: "Too few detectors could judge it, by an error of ours.",
+};
+const MISSING = {  // of one detector; the others judge
+  unavailable: "could not be reached",
+  failed: "broke off with an error of ours",
+  no_face: "found no face",
+  too_small: "needs a larger picture",
 };
 
 let asked = 0;  // the newest picture wins when several are dropped quickly
@@ -41,9 +49,13 @@ function bar(value, label) {
   return outer;
 }
 
+function sentence(text) {
+  return text ? `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}` : "";
+}
+
 function showProblem(title, detail, reason) {
   at("problem-title").textContent = title;
-  at("problem-detail").textContent = detail;
+  at("problem-detail").textContent = sentence(detail);
   at("problem-reason").textContent = reason || "";
   show("problem", true);
   show("result", false);
@@ -56,7 +68,7 @@ function showDetectors(detectors) {
     const row = element("li");
     const name = element("span", "name", one.name);
     const answered = one.probability !== null;
-    const note = answered ? `weight ${Math.round((100 * weights[index]) / total)} %` : (REASONS[one.reason] || `did not answer: ${one.reason}`);
+    const note = answered ? `weight ${Math.round((100 * weights[index]) / total)} %` : (MISSING[one.reason] || `did not answer: ${one.reason}`);
     name.append(element("span", "small", note));
     row.append(name, element("span", "number", percent(one.probability)), bar(one.probability || 0, `${one.name}: ${percent(one.probability)} fake`));
     return row;
@@ -83,6 +95,7 @@ function showVerdict(answer) {
   at("word").textContent = word;
   at("meaning").textContent = REASONS[answer.reason] || meaning;
   const known = answer.probability_fake !== null;
+  show("scale", known);
   at("probability").textContent = percent(answer.probability_fake);
   at("probability-bar").setAttribute("aria-label", `Probability of fake: ${percent(answer.probability_fake)}`);
   at("probability-bar").firstElementChild.style.width = known ? `${100 * answer.probability_fake}%` : "0";
@@ -94,7 +107,7 @@ function showVerdict(answer) {
   at("json").textContent = JSON.stringify(answer, null, 2);
   show("working", false);
   show("verdict", true);
-  at("status").textContent = `${word}. Probability of fake ${percent(answer.probability_fake)}.`;
+  at("status").textContent = known ? `${word}. Probability of fake ${percent(answer.probability_fake)}.` : `${word}. ${at("meaning").textContent}`;
 }
 
 function showPicture(file) {

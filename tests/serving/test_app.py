@@ -3,10 +3,13 @@ counters never fall. One cluster for the module; the tests build on each other i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -28,12 +31,14 @@ from counterfake.ensemble import Ensemble
 from counterfake.errors import MediaError, ServiceError
 from counterfake.forensics.benford import BenfordConfig, features_of
 from counterfake.forensics.forest import BenfordForest, ForestConfig
+from counterfake.gate import Gate
 from counterfake.images import Preprocess
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.registry import Registry
 from counterfake.workspace import Workspace
 from serving import client
 from serving.settings import Autoscale, Settings
+from tests.serving.browser import Page, browser
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(420)]
 
@@ -75,7 +80,7 @@ def ensemble_bundle(folder: Path, seed: int, broken: bool = False, third: bool =
     made = bundles.write(
         folder / "both", kind="ensemble", name="ensemble", config={"ensemble": Ensemble.fit(list(members), p, fake).to_dict()},
         tensors={}, preprocess=None, members=members, provenance={"dataset": {"uri": "faces", "version": 6, "digest": "x"}},
-        evaluation={"auc": {"value": 0.9, "low": 0.8, "high": 0.95}, "n": 200},
+        evaluation={name: {"value": 0.9, "low": 0.8, "high": 0.95} for name in ("auc", "recall_real")} | {"n": 200},
     )  # fmt: skip
     return made.folder
 
@@ -124,7 +129,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             root / f"v{version}", version, broken=version == 3, third=version == 4
         )
         assert registry.register(folders[version], "ensemble").version == version
-    registry.promote("ensemble", 1)
+    registry.promote("ensemble", 1, gate=Gate())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -221,6 +226,15 @@ def test_bad_input_is_a_problem_over_http(service: Service, name: str) -> None:
     assert json.load(caught.value)["reason"] == reason
 
 
+def test_an_answer_has_one_id_and_head_works_through_the_proxy(service: Service) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        service.get("/nothing")
+    assert caught.value.headers.get_all("x-request-id") == [json.load(caught.value)["request_id"]]
+    asked = urllib.request.Request(f"{service.url}/healthz", method="HEAD")
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+
+
 def test_the_client_says_what_is_wrong(service: Service) -> None:
     with pytest.raises(MediaError, match="JPEG, PNG or WEBP"):
         client.detect(service.url, b"words")
@@ -240,51 +254,145 @@ def test_page_docs_models_and_readiness(service: Service) -> None:
 
 
 def test_a_port_in_use_is_one_clear_line(service: Service) -> None:
-    from serving.app import _require_free
-
+    """As the command says it, on a Ray of its own; a service that is there goes on."""
     port = urllib.parse.urlsplit(service.url).port
     assert port is not None
-    with pytest.raises(ServiceError, match=f"port {port} .* --port {port + 1}"):
-        _require_free("127.0.0.1", port)
+    words = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "serve",
+        "--port",
+        str(port),
+        "--home",
+        str(service.workspace.home),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert re.search(rf"^error: port {port} .* --port {port + 1}$", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+    assert service.live() == 1
 
 
-def test_a_real_prometheus_scrapes_the_page_and_answers_for_it(
+WORDS = {"real": "Real", "fake": "Fake", "uncertain": "Uncertain", "no_verdict": "No verdict"}
+
+
+def test_the_page_shows_the_verdict_of_the_api_in_a_real_browser(service: Service, tmp_path: Path) -> None:
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("chromium is not installed; Debian: apt-get install chromium")
+    chosen, dropped, words = (tmp_path / name for name in ("chosen.jpg", "dropped.png", "words.txt"))
+    chosen.write_bytes(picture(5))
+    dropped.write_bytes(picture(6, format="png"))
+    words.write_text("no picture at all")
+    with browser(binary, tmp_path / "profile") as page:
+        page.open(f"{service.url}/")
+        page.wait("document.getElementById('service').textContent.startsWith('Serving ensemble version 1')")
+        page.choose("#file", chosen)
+        assert_shown(page, chosen, client.detect(service.url, chosen))
+        page.drop(dropped)
+        assert_shown(page, dropped, client.detect(service.url, dropped))
+        assert page.problems == []
+        page.choose("#file", words)
+        page.wait("!document.getElementById('problem').hidden")
+        assert "not a picture" in page.ask("document.getElementById('problem-title').textContent")
+        assert page.ask("document.getElementById('result').hidden")
+        page.open(f"{service.url}/docs")
+        page.wait("document.body.textContent.includes('probability_fake')")
+
+
+def assert_shown(page: Page, file: Path, answer: dict[str, Any]) -> None:
+    """The page has judged this file, and what can be read on it is the API's answer."""
+    page.wait(
+        f"document.getElementById('caption').textContent.startsWith({json.dumps(file.name)})"
+        " && !document.getElementById('verdict').hidden"
+    )
+    assert page.ask("document.getElementById('word').innerText") == WORDS[answer["verdict"]]
+    shown = page.ask("document.getElementById('probability').innerText").rstrip(" %")
+    if shown[0] in "<>":  # "<0.1" and ">99.9": no picture is said to be sure
+        assert abs(answer["probability_fake"] - 0.5) > 0.4989
+        assert (shown == ">99.9") == (answer["probability_fake"] > 0.5)
+    else:
+        assert float(shown) == pytest.approx(100 * answer["probability_fake"], abs=0.051)
+    told = json.loads(page.ask("document.getElementById('json').textContent"))
+    assert told["probability_fake"] == pytest.approx(answer["probability_fake"], abs=1e-5)
+    rows = page.ask(
+        "[...document.querySelectorAll('#detectors .name')].map((one) => one.firstChild.textContent)"
+    )
+    assert rows == [detector["name"] for detector in answer["detectors"]]
+
+
+INFRA = Path(__file__).resolve().parents[2] / "infra"
+
+
+class Prometheus:
+    """A real server that scrapes the service every second and knows our rules."""
+
+    def __init__(self, binary: str, target: str, folder: Path, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/api/v1/query"
+        settings = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(INFRA / "prometheus" / "rules.yml")],
+            "scrape_configs": [{"job_name": "counterfake", "static_configs": [{"targets": [target]}]}],
+        }
+        (folder / "prometheus.yml").write_text(json.dumps(settings))
+        arguments = [
+            binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(arguments)
+
+    def __enter__(self) -> Prometheus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """The series that answer a query; none while the server is not up. An error of the query's own is raised."""
+        try:
+            with urllib.request.urlopen(
+                f"{self.url}?{urllib.parse.urlencode({'query': query})}", timeout=5
+            ) as answer:
+                return list(json.load(answer)["data"]["result"])
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            return []
+
+
+def test_a_real_prometheus_scrapes_the_page_and_the_dashboard_finds_its_series(
     service: Service, tmp_path: Path, free_port: int
 ) -> None:
     binary = shutil.which("prometheus")
     if binary is None:
         pytest.skip("prometheus is not installed; Debian: apt-get install prometheus")
-    target = urllib.parse.urlsplit(service.url).netloc
-    (tmp_path / "prometheus.yml").write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": "1s"},
-                "scrape_configs": [{"job_name": "counterfake", "static_configs": [{"targets": [target]}]}],
-            }
-        )
-    )
-    arguments = [
-        binary, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-        f"--web.listen-address=127.0.0.1:{free_port}", "--log.level=error",
-    ]  # fmt: skip
+    with contextlib.suppress(MediaError):
+        client.detect(service.url, b"a refusal")
     client.detect(service.url, picture(9))
-    query = 'sum(counterfake_http_requests_total{route="/v1/detect",status="200"})'
-    address = f"http://127.0.0.1:{free_port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-
-    def answered() -> float:
-        try:
-            with urllib.request.urlopen(address, timeout=5) as answer:
-                result = json.load(answer)["data"]["result"]
-        except OSError:
-            return 0.0
-        return float(result[0]["value"][1]) if result else 0.0
-
-    server = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    try:
-        wait_for(lambda: answered() >= 25, 30, "Prometheus did not answer for the request counter")
-    finally:
-        server.terminate()
-        server.wait(10)
+    panels = json.loads((INFRA / "grafana" / "dashboards" / "counterfake.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    ours = [query for query in queries if "ray_serve_" not in query]  # Ray's own are on another page
+    page = service.get("/metrics").decode()
+    with_samples = {name for name, _ in service.samples()}
+    declared = set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
+    with Prometheus(binary, urllib.parse.urlsplit(service.url).netloc, tmp_path, free_port) as prometheus:
+        count = 'sum(counterfake_http_requests_total{route="/v1/detect",status="200"})'
+        wait_for(lambda: prometheus.ask(count), 30, "Prometheus did not answer for the request counter")
+        (found,) = prometheus.ask(count)
+        assert float(found["value"][1]) >= 1
+        wait_for(lambda: prometheus.ask("counterfake:latency_p99:rate5m"), 30, "the rules were not evaluated")
+        answered = 0
+        for query in ours:
+            series = set(re.findall(r"counterfake_\w+", query))
+            assert {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in series} <= {
+                re.sub(r"_total$", "", name) for name in declared
+            }, f"{query} names what the live page does not have"
+            result = prometheus.ask(query)
+            assert result or not series <= with_samples, f"{query} finds nothing though its series are there"
+            answered += bool(result)
+    assert answered >= 20
 
 
 class Traffic:
@@ -341,7 +449,7 @@ def test_moving_champion_is_followed_live_without_a_failed_request(service: Serv
     with Traffic(service) as traffic:
         time.sleep(1.0)
         moved = time.monotonic()
-        service.registry.promote("ensemble", 2)
+        service.registry.promote("ensemble", 2, gate=Gate())
         wait_for(lambda: service.live() == 2, 60, "version 2 is not live")
         seconds = time.monotonic() - moved
         time.sleep(1.0)
@@ -360,7 +468,7 @@ def test_moving_champion_is_followed_live_without_a_failed_request(service: Serv
 
 def test_a_broken_champion_is_refused_and_the_live_one_goes_on(service: Service) -> None:
     with Traffic(service) as traffic:
-        service.registry.promote("ensemble", 3)
+        service.registry.promote("ensemble", 3, gate=Gate())
         wait_for(lambda: client.models(service.url)["following"]["state"] == "refused", 60, "not refused")
     assert traffic.failures == []
     assert service.live() == 2
@@ -372,14 +480,18 @@ def test_a_broken_champion_is_refused_and_the_live_one_goes_on(service: Service)
     wait_for(lambda: client.models(service.url)["following"]["state"] == "live", 30, "back to live")
 
 
+def replicas(deployment: str) -> list[dict[str, str]]:
+    """Name and namespace of each actor of a deployment."""
+    import ray
+
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [entry for entry in found if f"#{deployment}#" in entry["name"]]
+
+
 def kill(deployment: str) -> None:
     import ray
 
-    names = [
-        entry
-        for entry in ray.util.list_named_actors(all_namespaces=True)
-        if f"#{deployment}#" in entry["name"]
-    ]
+    names = replicas(deployment)
     assert names, f"no replica of {deployment}"
     ray.kill(ray.get_actor(names[0]["name"], names[0]["namespace"]))
 
@@ -412,12 +524,15 @@ def _scrapes(service: Service) -> bool:
 
 def test_an_ensemble_with_another_detector_gets_its_deployment_without_a_restart(service: Service) -> None:
     before = service.samples()
+    stay = {name: replicas(name) for name in ("control", "detector-cnn", "detector-digits")}
     with Traffic(service) as traffic:
-        service.registry.promote("ensemble", 4)
+        service.registry.promote("ensemble", 4, gate=Gate())
         wait_for(lambda: service.live() == 4, 120, "version 4 is not live")
         time.sleep(1.0)
     assert traffic.failures == []
     assert traffic.fallen == []
+    for name, before_it in stay.items():
+        assert any(replica in before_it for replica in replicas(name)), f"{name} was replaced"
     data = picture(5)
     wait_for(lambda: client.detect(service.url, data)["model"]["version"] == 4, 20, "all gateways follow")
     answer = client.detect(service.url, data)

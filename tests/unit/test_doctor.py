@@ -26,7 +26,15 @@ def test_every_finding_that_is_not_good_says_what_to_do(workspace: Workspace) ->
 
 
 def test_local_storage_has_conditional_writes(workspace: Workspace) -> None:
-    assert by_check(doctor.examine(workspace))["storage"].state == "good"
+    finding = by_check(doctor.examine(workspace))["storage"]
+    assert finding.state == "good"
+    assert "server" not in finding.found, "a folder has none"
+
+
+def test_object_storage_is_asked_whether_its_server_checks_bytes(tmp_path: Path, s3: object) -> None:
+    (finding,) = doctor._storage(Workspace.at(tmp_path, s3.uri))  # type: ignore[attr-defined]
+    assert finding.state == "good"
+    assert "checked by the server" in finding.found or "checked by us alone" in finding.found
 
 
 def test_a_port_in_use_is_found(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

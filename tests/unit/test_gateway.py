@@ -157,6 +157,21 @@ def test_an_uncertain_picture_is_not_called_real_or_fake(backend: FakeBackend) -
     assert answer["error_rate"] == 0.05
 
 
+def test_head_has_the_headers_of_get_and_no_body(backend: FakeBackend) -> None:
+    for path in ("/", "/healthz", "/readyz", "/v1/models"):
+        whole, head = call(backend, "GET", path), call(backend, "HEAD", path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == str(len(whole.content))
+    assert call(backend, "HEAD", "/v1/detect").status_code == 405
+
+
+def test_the_id_that_a_proxy_gave_is_taken_over_if_it_looks_like_one(backend: FakeBackend) -> None:
+    for sent, taken in (("1f67b6d6-ea54-4f83", True), ("no <id>", False), ("x" * 65, False)):
+        answer = call(backend, "GET", "/nothing", headers={"X-Request-Id": sent})
+        assert (answer.json()["request_id"] == sent) == taken
+        assert ("x-request-id" in answer.headers) != taken, "the proxy says it itself"
+
+
 def test_no_verdict_says_why_instead_of_a_word() -> None:
     narrow = Ensemble(**{**ENSEMBLE.to_dict(), "quantiles": {"real": 0.1, "fake": 0.1}, "subsets": ()})
     backend = FakeBackend(
@@ -192,6 +207,14 @@ def test_a_detector_that_cannot_answer_is_left_out_and_none_is_no_verdict(backen
         "no_face",
         None,
     )
+
+
+def test_an_ensemble_without_a_fit_for_fewer_gives_no_verdict_when_a_detector_breaks(
+    backend: FakeBackend,
+) -> None:
+    backend.scores = {"cnn": Score(probability=None, reason="failed"), "benford": Score(probability=0.7)}
+    answer = post(backend, picture()).json()
+    assert (answer["verdict"], answer["reason"], answer["probability_fake"]) == ("no_verdict", "failed", None)
 
 
 CASES = {
