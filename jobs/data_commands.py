@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from counterfake.errors import ConfigError, CounterfakeError
+from jobs.auditing import audited
 from jobs.console import Console
 from jobs.options import Home, Json, Storage, open_workspace
 
@@ -129,30 +130,48 @@ def derive(
     into: Into,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="fake=0, maker=a,b, identity!=null, attributes.quality>=0.5; all must hold."),
+        typer.Option(help="fake=0, maker=a,b, identity!=null, attributes.yaw<=0.5; all must hold."),
     ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min",
+            help="sharpness=100, short_side=256, face_side=80, face_score=2: as measured at ingest, or more.",
+        ),
+    ] = None,
+    change: Annotated[
+        str,
+        typer.Option(
+            "--map", help="What each row becomes: crop-faces[:MARGIN], resize:SIDE, jpeg:90, webp:90 or png."
+        ),
+    ] = "",
     home: Home = None,
     storage: Storage = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """The rows of a version that satisfy every condition, splits kept, as a new version of another dataset (or the same)."""
-    from counterfake import curation
+    from counterfake import changes, curation, parts
     from counterfake.records import Report
 
     console, report = Console(as_json=as_json, quiet=quiet), Report()
-    dataset, target = _open(uri, home, storage), open_workspace(home, storage).dataset(into)
+    workspace, dataset = open_workspace(home, storage), _open(uri, home, storage)
+    target, rules = workspace.dataset(into), [*(where or []), *map(_at_least, least or [])]
+    made = changes.Change.parse(change) if change else None
     with _counting(console, "choosing rows") as progress:
         version = curation.derive(
             dataset,
             None,
-            where or [],
+            rules,
             uri=target,
+            change=made,
             writer={"job": "data derive"},
             report=report,
             progress=progress,
+            scratch=parts.scratch(workspace.home),
         )
-    console.result(_made(target, version, report))
+    found = audited(target, version, workspace, console, headers=False)
+    console.result({**_made(target, version, report), "audit": found})
 
 
 @app.command()
@@ -167,24 +186,32 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """All rows of several versions as one, splits kept, sources united. Of equal pictures the first stays."""
-    from counterfake import curation
+    from counterfake import curation, parts
     from counterfake.records import Report
 
     if len(uris) < 2:
         raise ConfigError(f"merge needs at least two datasets, got {len(uris)}")
     console, report = Console(as_json=as_json, quiet=quiet), Report()
-    parts, target = [_open(uri, home, storage) for uri in uris], open_workspace(home, storage).dataset(into)
-    cache = open_workspace(home, storage).cache
+    workspace, sets = open_workspace(home, storage), [_open(uri, home, storage) for uri in uris]
+    target, cache = workspace.dataset(into), workspace.cache
     with _counting(console, "merging") as progress:
         version = curation.merge(
-            parts, target, writer={"job": "data merge"}, report=report, progress=progress, cache=cache
+            sets,
+            target,
+            writer={"job": "data merge"},
+            report=report,
+            progress=progress,
+            scratch=parts.scratch(workspace.home),
+            cache=cache,
         )
-    console.result(_made(target, version, report))
+    found = audited(target, version, workspace, console, headers=False)
+    console.result({**_made(target, version, report), "audit": found})
     if report.conflicts:
         console.event(
             f"{report.conflicts} pictures had the opposite label in a later dataset; the first label stays"
         )
-    console.event(f"people may now lie in two splits: counterfake data audit {into}")
+    if found["leaks"]:
+        console.event("training refuses a version with a leak; ingest the sources into one dataset instead")
 
 
 @app.command()
@@ -290,6 +317,18 @@ def _open(uri: str, home: Path | None, storage: str | None) -> Dataset:
     return Dataset.open(workspace.dataset(uri), cache=workspace.cache)
 
 
+def _at_least(text: str) -> str:
+    """sharpness=100 -> the condition attributes.sharpness>=100. ConfigError for what ingest does not measure."""
+    from counterfake.quality import NAMES
+
+    name, equals, value = text.partition("=")
+    if not equals or name.strip() not in NAMES:
+        raise ConfigError(
+            f"--min {text!r} is no measured quality; one is {', '.join(NAMES)}, as in sharpness=100"
+        )
+    return f"attributes.{name.strip()}>={value}"
+
+
 def _parent(version: Version, name: str) -> int:
     if version.parent is None:
         raise ConfigError(f"version {version.number} adds to none; name two versions: data diff {name} OTHER")
@@ -315,7 +354,11 @@ def _entry(version: Version) -> dict[str, Any]:
 def _made(uri: str, version: Version, report: Report) -> dict[str, Any]:
     splits = {name: version.rows(name) for name in version.splits}
     facts = {"dataset": f"{uri}@{version.number}", "rows": version.rows(), "splits": splits}
-    counts = {"duplicates": report.duplicates, "conflicts": report.conflicts}
+    counts = {
+        "duplicates": report.duplicates,
+        "conflicts": report.conflicts,
+        "skipped": dict(report.skipped),
+    }
     return {**facts, **counts, "sources": version.sources, "digest": version.digest}
 
 

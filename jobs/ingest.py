@@ -6,7 +6,8 @@
     counterfake run ingest ffpp --workers 2 --set source.path=/data/ffpp --set source.licence=research --set source.consent=research
 
 Every picture is decoded once by the decoder that serving uses; every input ends as ok or skipped with its reason, and
-above `max_skipped_fraction` nothing is written. Inputs are prepared in parts, by threads here or by Ray workers (which
+above `max_skipped_fraction` nothing is written. Hidden files, those of operating systems, and lists, masks and what the
+source's settings leave out are counted as skipped too, but not towards that fraction. Inputs are prepared in parts, by threads here or by Ray workers (which
 must see `source.path` on every node), and staged beside the dataset: a killed ingest run again goes on where it was.
 The same pictures again add no row. Sets of other people's pictures need their own `source.path`, `source.licence` and
 `source.consent`.
@@ -39,12 +40,15 @@ from counterfake.sources.dfdc import DfdcSource
 from counterfake.sources.ffpp import FfppSource
 from counterfake.sources.folder import FolderSource
 from counterfake.sources.idx import IdxSource
+from counterfake.sources.listing import is_aside
 from counterfake.sources.npz import NpzSource
 from counterfake.sources.parquet import ParquetSource
 from counterfake.sources.synthetic import SyntheticSource
+from counterfake.sources.synthetic_video import SyntheticVideoSource
 from counterfake.sources.video import VideoSource
 from counterfake.storage import open_store, probe
 from counterfake.workspace import Workspace
+from jobs.auditing import audited
 from jobs.console import Console
 
 
@@ -63,7 +67,7 @@ class IngestJob:
         ""  # find the largest face of pictures that come without a box
     )
     faces_model: str = ""  # file of yunet or ultralight
-    max_skipped_fraction: float = 0.01  # of the inputs seen; above it nothing is written
+    max_skipped_fraction: float = 0.01  # of the inputs not set aside; above it nothing is written
     threads: int = 2  # that prepare pictures here; of no effect with workers
     workers: int = 0  # Ray workers, one CPU each; 0 = this process
     part_inputs: int = 0  # inputs in a part, the unit of sharing and resuming; 0 = as the source suggests
@@ -99,11 +103,21 @@ def run(job: IngestJob, workspace: Workspace, *, console: Console | None = None)
     result["parts"] = {"all": len(receipts), "reused": reused}
     _tell(result, version, console)
     if job.audit:
-        result["audit"] = _audit(uri, version, workspace, console)
+        result["audit"] = audited(uri, version, workspace, console)
     return result
 
 
 # -- presets --------------------------------------------------------------------------------------------------------
+
+
+def idx() -> IngestJob:
+    """Any set in MNIST's file format: raw grey pixels with a class, split as its files are."""
+    return IngestJob(source=IdxSource(), into="idx")
+
+
+def npz() -> IngestJob:
+    """One NumPy archive of JPEG bytes with offsets, or of uint8 images; set source.fake where it holds no labels."""
+    return IngestJob(source=NpzSource(), into="npz")
 
 
 def synthetic_faces() -> IngestJob:
@@ -114,6 +128,23 @@ def synthetic_faces() -> IngestJob:
 def synthetic_faces_demo() -> IngestJob:
     """800 pictures of 40 people, enough to see everything work on a laptop."""
     return IngestJob(source=SyntheticSource(identities=40, per_identity=20, size=96), into="faces-demo")
+
+
+def swap_people() -> IngestJob:
+    """2,000 pictures of 4 people, all for training: what the NAME-small presets of train-swap are measured on."""
+    source = SyntheticSource(identities=4, per_identity=500)
+    return IngestJob(source=source, into="swap-people", splits=SplitRule(fractions={"train": 1.0}))
+
+
+def synthetic_videos() -> IngestJob:
+    """800 clips of 80 people, half of them swaps that flicker: what a GRU over frames is compared with their mean on."""
+    return IngestJob(source=SyntheticVideoSource(identities=80, clips=5), into="clips", splits=_thirds())
+
+
+def synthetic_videos_demo() -> IngestJob:
+    """96 short clips of 24 people."""
+    source = SyntheticVideoSource(identities=24, clips=2, frames=8, size=64)
+    return IngestJob(source=source, into="clips-demo", splits=_thirds())
 
 
 def mnist() -> IngestJob:
@@ -190,13 +221,19 @@ def parquet() -> IngestJob:
 
 PRESETS: dict[str, Callable[[], IngestJob]] = {
     "synthetic-faces-demo": synthetic_faces_demo,
+    "swap-people": swap_people,
+    "synthetic-videos": synthetic_videos,
+    "synthetic-videos-demo": synthetic_videos_demo,
     "synthetic-faces": synthetic_faces,
+    "synthetic": synthetic_faces,
     "folder": folder,
     "parquet": parquet,
     "video": video,
     "ffpp": ffpp,
     "celebdf": celebdf,
     "dfdc": dfdc,
+    "idx": idx,
+    "npz": npz,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "ciplab": ciplab,
@@ -231,16 +268,21 @@ class _Ingest:
     uri: str
     plan: _Plan
 
+    @property
+    def scratch(self) -> Path:
+        """Where this process keeps media for a while."""
+        return parts.scratch(self.workspace.home)
+
     @contextlib.contextmanager
     def staging(self) -> Iterator[Staging]:
         """Where parts are staged: beside the dataset, until the version is there, also after an error or a kill.
 
-        A single part, which is quickly done again, lies in a temporary folder."""
+        A single part, which is quickly done again, lies in the scratch folder."""
         if len(self.plan.parts) == 1:
-            with tempfile.TemporaryDirectory(prefix="counterfake-") as folder:
-                yield Staging(open_store(Path(folder).as_uri()), "staging")
+            with tempfile.TemporaryDirectory(prefix="ingest-", dir=self.scratch) as folder:
+                yield Staging(open_store(Path(folder).as_uri()), "staging", self.scratch)
         else:
-            staging = Staging(open_store(self.uri), f"staging/{self.plan.digest[:32]}")
+            staging = Staging(open_store(self.uri), f"staging/{self.plan.digest[:32]}", self.scratch)
             yield staging
             staging.clear()
 
@@ -316,6 +358,7 @@ class _Ingest:
                 report=report,
                 writer={**facts, "inputs": self.list_key},
                 progress=_steps(advance),
+                scratch=self.scratch,
                 cache=self.workspace.cache,
             )
 
@@ -377,8 +420,10 @@ def _writable(uri: str) -> str:
 
 
 def _refuse_skipped(job: IngestJob, receipts: Sequence[Receipt], listed: str) -> None:
-    seen = sum(receipt.inputs for receipt in receipts)
-    skipped = [entry for receipt in receipts for entry in receipt.skipped]
+    """Raises DataError if too many inputs are of no use; those that are set aside (listing.ASIDE) do not count."""
+    all_skipped = [entry for receipt in receipts for entry in receipt.skipped]
+    skipped = [(name, reason) for name, reason in all_skipped if not is_aside(reason)]
+    seen = sum(receipt.inputs for receipt in receipts) - (len(all_skipped) - len(skipped))
     if len(skipped) > job.max_skipped_fraction * seen:
         named = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise DataError(
@@ -460,19 +505,3 @@ def _sentence(result: Mapping[str, Any]) -> str:
         f"{report['duplicates']} already there + {report['conflicts']} contradicting, in {result['seconds']:.1f} s "
         f"-> {result['dataset']}"
     )
-
-
-def _audit(uri: str, version: Version, workspace: Workspace, console: Console) -> dict[str, list[str]]:
-    """Leaks between splits and shortcuts that a detector could learn, told and returned by level."""
-    from counterfake import audit  # scikit-learn takes a second to load
-
-    dataset = Dataset.open(uri, cache=workspace.cache)
-    found = audit.stored(dataset, version)
-    if found is None:
-        with console.progress("audit", version.rows()) as advance:
-            found = audit.audit(dataset, version, progress=advance)
-    for finding in (*found.leaks, *found.warnings):
-        console.event(f"{finding.level} ({finding.kind}): {finding.text}")
-    if not found.leaks:
-        console.event(f"the audit found no leak between splits and has {len(found.warnings)} warnings")
-    return {name: [f"{f.kind}: {f.text}" for f in getattr(found, name)] for name in ("leaks", "warnings")}

@@ -1,13 +1,15 @@
 """A checkpoint is a folder: safetensors + `state.json`, which is written last and holds every digest. No pickle anywhere.
 
 A state is a nested dict of tensors and JSON scalars. Each top-level entry that holds tensors becomes one
-`<name>.safetensors`; the tree itself, with the tensors replaced by their names, is in `state.json`.
+`<name>.safetensors`; the tree itself, with the tensors replaced by their names, is in `state.json`, which ends with the
+SHA-256 of its own bytes before that. Format 1 lacked it: such a checkpoint is read with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -22,12 +24,15 @@ from torch import Tensor
 from counterfake.config import canonical_json
 from counterfake.errors import CheckpointError
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 STATE = "state.json"
+_SEAL = b',"state_sha256":"'  # what stands between the content of `state.json` and its digest
 
 
 def save(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """Write `folder` whole or not at all -> its digest. `folder` must not exist, or be empty.
+    """Write `folder` whole or not at all -> SHA-256 of its content. `folder` must not exist, or be empty.
 
     `meta` is JSON for people and for resuming: step, epoch, resolved job, dataset version, commit."""
     if folder.exists() and any(folder.iterdir()):
@@ -67,13 +72,8 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Only the JSON part, without reading or verifying weights."""
+    """Only the JSON part, verified, without reading weights."""
     return _read_info(folder)["meta"]
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 of `state.json`, which holds the digests of all other files."""
-    return hashlib.sha256(_read(folder, STATE)).hexdigest()
 
 
 def weights_digest(state: Mapping[str, Any]) -> str:
@@ -98,9 +98,29 @@ def _write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> s
         text = canonical_json({"format": FORMAT, "files": files, "tree": tree, "meta": dict(meta)})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"only tensors and JSON values can be stored: {error}") from error
-    _put(folder / STATE, text)
+    fingerprint = hashlib.sha256(text).hexdigest()
+    _put(folder / STATE, _sealed(text, fingerprint))
     _sync(folder)
-    return hashlib.sha256(text).hexdigest()
+    return fingerprint
+
+
+def _sealed(text: bytes, fingerprint: str) -> bytes:
+    """A JSON object with its digest as the last member: over bytes, because reading a number or a key may change them."""
+    return b'%s%s%s"}' % (text.removesuffix(b"}"), _SEAL, fingerprint.encode())
+
+
+def _unsealed(path: Path, data: bytes) -> bytes | None:
+    """The content of a sealed `state.json`, verified; None if there is no seal. Raises CheckpointError."""
+    content, seal, _ = data.rpartition(_SEAL)
+    if not seal:
+        return None
+    text = content + b"}"
+    if _sealed(text, found := hashlib.sha256(text).hexdigest()) != data:
+        raise CheckpointError(
+            f"{path} was altered: its content has SHA-256 {found[:12]} and not the one it ends with; "
+            "use an older checkpoint"
+        )
+    return text
 
 
 def _split(value: Any, group: str, path: str, tensors: dict[str, dict[str, Tensor]]) -> Any:
@@ -145,16 +165,26 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
+    data = _read(folder, STATE)
+    text = _unsealed(folder / STATE, data)
     try:
-        info = json.loads(_read(folder, STATE))
+        info = json.loads(data if text is None else text)
     except ValueError as error:
         raise CheckpointError(f"{folder / STATE} is not JSON ({error}); use an older checkpoint") from error
     if not isinstance(info, dict) or not {"format", "files", "tree", "meta"} <= info.keys():
         raise CheckpointError(
             f"{folder / STATE} is not a checkpoint's; expected format, files, tree and meta"
         )
-    if info["format"] != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {info['format']}; this version reads {FORMAT}")
+    if info["format"] not in (1, FORMAT):
+        raise CheckpointError(
+            f"{folder / STATE} has checkpoint format {info['format']}; this version reads 1 and {FORMAT}"
+        )
+    if text is None and info["format"] != 1:
+        raise CheckpointError(
+            f"{folder / STATE} was altered: its own digest is gone; use an older checkpoint"
+        )
+    if text is None:
+        logger.warning("%s is of format 1, which has no digest of its own: only weights are verified", folder)
     if any(Path(name).name != name for name in info["files"]):
         raise CheckpointError(f"{folder / STATE} names files outside its folder; it was altered")
     return info

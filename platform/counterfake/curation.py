@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from counterfake import locks
 from counterfake.errors import ConfigError, DataError
 from counterfake.records import GRACE_SECONDS, Dataset, Report, write_version
-from counterfake.samples import LABELS, Sample
+from counterfake.samples import LABELS, Sample, Skipped
 from counterfake.storage import Entry
-from counterfake.versions import Shard, SplitRule, Version, fits
+from counterfake.versions import Shard, SplitRule, Version, fits, united
 
 Progress = Callable[[int], None]
+Change = Callable[[Sample], Sample | Skipped | None]
 
 # -- choosing rows --------------------------------------------------------------------------------------------------
 
@@ -108,14 +109,16 @@ def derive(
     where: Where = (),
     *,
     uri: str | None = None,
-    change: Callable[[Sample], Sample | None] | None = None,
+    change: Change | None = None,
     writer: Mapping[str, Any] | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> Version:
     """The rows that satisfy `where`, splits kept, as a version at `uri` (default: a new version of this dataset).
 
-    change: what each chosen sample becomes, None to leave it out; new media get a new id. progress(rows seen so far).
+    change: what each chosen sample becomes, Skipped with the reason (counted in `report`) or None to leave it out; new
+    media get a new id. progress(rows seen so far). scratch: folder for temporary files, as large as the media.
     Raises ConfigError for a condition that cannot be, DataError if no row satisfies it.
     """
     source = version if isinstance(version, Version) else dataset.version(version)
@@ -123,7 +126,8 @@ def derive(
     locks.refuse(dataset, source, "*", "copied")
     origin = {"derived_from": f"{dataset.store.uri}@{source.number}", "where": [str(rule) for rule in rules]}
     if change is not None:
-        origin["change"] = f"{change.__module__}.{change.__qualname__}"
+        named = getattr(change, "__qualname__", "")
+        origin["change"] = f"{change.__module__}.{named}" if named else str(change)
     used = set(source.sources) if change is not None else _sources_used(dataset, source, rules)
     return write_version(
         uri or dataset.store.uri,
@@ -133,6 +137,7 @@ def derive(
         report=report,
         writer=origin | dict(writer or {}),
         progress=progress,
+        scratch=scratch,
         cache=dataset.cache,
     )
 
@@ -144,6 +149,7 @@ def merge(
     writer: Mapping[str, Any] | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
+    scratch: Path | None = None,
     cache: Path | None = None,
 ) -> Version:
     """All rows of several datasets (each at its pinned or newest version) as one version at `uri`, splits kept.
@@ -159,11 +165,12 @@ def merge(
     return write_version(
         uri,
         rows,
-        sources=_united(dict(zip(names, (version.sources for _, version in found), strict=True))),
+        sources=united(dict(zip(names, (version.sources for _, version in found), strict=True))),
         splits=_splits_of([version for _, version in found]),
         report=report,
         writer={"merged_from": names, **(writer or {})},
         progress=progress,
+        scratch=scratch,
         cache=cache,
     )
 
@@ -172,12 +179,14 @@ def _chosen(
     dataset: Dataset,
     version: Version,
     rules: Sequence[Condition],
-    change: Callable[[Sample], Sample | None] | None,
-) -> Iterator[Sample]:
+    change: Change | None,
+) -> Iterator[Sample | Skipped]:
     for split in version.splits:
         for sample in dataset.samples(version, split, keep=lambda batch: _fitting(batch, rules)):
             changed = change(sample) if change is not None else sample
-            if changed is not None:
+            if isinstance(changed, Skipped):
+                yield changed
+            elif changed is not None:
                 yield changed if change is None else dataclasses.replace(changed, id="")
 
 
@@ -207,20 +216,6 @@ def _splits_of(sources: Sequence[Version]) -> SplitRule:
     """A rule that knows their splits; it never decides, since every row brings its own."""
     names = list(dict.fromkeys(name for version in sources for name in version.splits))
     return SplitRule(fractions={name: 1 / len(names) for name in names}, by="id")
-
-
-def _united(sources: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """{dataset: its sources} -> all sources. Raises DataError for one name with two meanings."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for dataset, own in sources.items():
-        for name, facts in own.items():
-            first, known = found.setdefault(name, (dataset, facts))
-            if known != facts:
-                raise DataError(
-                    f"source {name!r} is {known} in {first} but {facts} in {dataset}; ingest one of them again "
-                    "under another source.name"
-                )
-    return {name: facts for name, (_, facts) in found.items()}
 
 
 def _is_number(value: Any) -> bool:

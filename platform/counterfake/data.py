@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from counterfake import labels, locks, media
-from counterfake.errors import ConfigError, DataError, MediaError, StorageError
-from counterfake.images import Preprocess
+from counterfake.errors import ConfigError, DataError, MediaError
+from counterfake.images import Degradation, Preprocess, degrade, generator
 from counterfake.order import Balanced, Order, Rows
 from counterfake.records import Dataset
-from counterfake.versions import fits
+from counterfake.versions import Version, fits
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class DataConfig:
     )
     window: int = 16  # record batches of a lane whose rows are shuffled together
     mix_shards: int = 4  # shards of a lane whose record batches are mixed
-    seed: int = 0  # of the order
+    seed: int = 0  # of the order, and of degradation
     drop_last: bool = True  # leave out the rows of an epoch that do not fill a batch
     where: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"fake": 0}, {"identity": ["a", "b"]}
     balance: Literal["", "class", "maker", "fake"] = (
@@ -56,6 +56,8 @@ class DataConfig:
     )
     allow_leaks: bool = False  # train though the audit of this version found a leak; recorded with the run
     landmarks: bool = False  # give the points of each face with it, see Batch.landmarks
+    # done to the decoded picture before it is cut out, by the functions of the robustness grid; drawn from (seed, epoch, id)
+    degradation: Degradation = dataclasses.field(default_factory=Degradation)
     threads: int = 2  # decoding threads of each rank
     prefetch: int = 4  # batches decoded ahead
 
@@ -86,6 +88,7 @@ class Batch:
     ids: list[str]
     step: int  # of the run, counted over epochs
     epoch: int
+    makers: tuple[str, ...] = ()  # the names that `maker` indexes
     landmarks: torch.Tensor | None = (
         None  # (N, 5, 2) float32 x, y in pixels of the images, NaN unknown; where asked for
     )
@@ -101,8 +104,30 @@ class Batch:
         return dataclasses.replace(self, **moved, landmarks=points)
 
 
+def chosen(dataset: Dataset, version: Version, config: DataConfig) -> tuple[NDArray[np.bool_], int]:
+    """((rows of the split,) which of them `where` chooses and `preprocess` can cut, how many it chooses without a face_box).
+
+    Raises DataError if none of those that `where` chooses has one and the crop needs it."""
+    keep = np.ones(version.rows(config.split), bool)
+    for column, wanted in config.where.items():
+        found = labels.read(dataset, version, config.split, column)
+        good = [fits(value, wanted) for value in (*found.values, None)]  # the last answers code -1
+        keep &= np.array(good)[found.codes]
+    if not config.preprocess.needs_face:
+        return keep, 0
+    seen = labels.read(dataset, version, config.split, "face_box").codes >= 0
+    if keep.any() and not (keep & seen).any():
+        raise DataError(
+            f"{dataset.store.uri}@{version.number} split {config.split}: none of the {int(keep.sum())} rows"
+            f"{f' where {config.where}' if config.where else ''} has a face_box, which data.preprocess.crop={config.preprocess.crop}"
+            " needs; ingest them with --set faces=cascade, or set the crop to center"
+        )
+    return keep & seen, int((keep & ~seen).sum())
+
+
 class Loader:
-    """The batches of one rank. Opening reads the manifest and the locks only, and the labels that `where` and `balance` name."""
+    """The batches of one rank. Opening reads the manifest and the locks only, and the labels that `where` and `balance` name;
+    where the crops need faces, which rows have one: the others are left out and counted."""
 
     def __init__(
         self, config: DataConfig, *, rank: int = 0, world: int = 1, cache: Path | None = None
@@ -110,7 +135,9 @@ class Loader:
         """Raises ConfigError where batch, lanes and world size do not fit; DataError for no rows or another schema."""
         if not config.uri:
             raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
-        _check_world(config, rank, world)
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} of {world} workers does not exist")
+        check_world(config, world)
         self.config, self.rank, self.world = config, rank, world
         self.dataset = Dataset.open(config.uri, cache=cache)
         self.version = self.dataset.version()
@@ -168,16 +195,18 @@ class Loader:
         }
         if not config.balance:
             every = [list(shard.rows_per_batch) for shard in self._shards]
-            return Order(self._divided(self._chosen()) if config.where else every, **settings)
+            some = config.where or config.preprocess.needs_face
+            return Order(self._divided(self._chosen()) if some else every, **settings)
         return Balanced([self._divided(rows) for rows in self._groups()], **settings)
 
     def _chosen(self) -> NDArray[np.bool_]:
-        """(rows of the split,) which of them `where` chooses."""
-        keep = np.ones(sum(shard.rows for shard in self._shards), bool)
-        for column, wanted in self.config.where.items():
-            found = labels.read(self.dataset, self.version, self.config.split, column)
-            good = [fits(value, wanted) for value in (*found.values, None)]  # the last answers code -1
-            keep &= np.array(good)[found.codes]
+        """(rows of the split,) which of them `chosen` chooses; says how many have no face."""
+        keep, faceless = chosen(self.dataset, self.version, self.config)
+        if faceless and self.rank == 0:
+            logger.warning(
+                "%s: %d of %d rows%s have no face_box and are left out",
+                self._name, faceless, faceless + int(keep.sum()), self._filter,
+            )  # fmt: skip
         return keep
 
     def _groups(self) -> list[NDArray[np.bool_]]:
@@ -205,9 +234,8 @@ class Loader:
         return [[next(inside) for _ in shard.rows_per_batch] for shard in self._shards]
 
 
-def _check_world(config: DataConfig, rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} of {world} workers does not exist")
+def check_world(config: DataConfig, world: int) -> None:
+    """Raises ConfigError where `world` workers cannot share a batch, with a batch size and lanes that they can."""
     if config.streams % world:
         lanes = math.lcm(config.lanes, world)
         batch = math.ceil(config.batch_size / lanes) * lanes
@@ -278,9 +306,13 @@ class _Decoder:
         self._shards = loader._shards
         self._preprocess = loader.config.preprocess
         self._points = loader.config.landmarks
+        self._degradation = loader.config.degradation
         self._as_stored = (
-            self._preprocess.crop == "none" and self._preprocess.channels == 3 and not self._points
+            self._preprocess.crop == "none"
+            and self._preprocess.channels == 3
+            and not (self._points or self._degradation.active)
         )
+        self._makers = tuple(loader.makers)
         self._raw_shape = loader.version.shape
         self._vocabulary = {
             name: {value: index for index, value in enumerate(values)}
@@ -302,7 +334,8 @@ class _Decoder:
         side, channels = self._preprocess.size, self._preprocess.channels
         images = self._buffers.take((len(plan), side, side, channels))
         points = np.full((len(plan), POINTS, 2), np.nan, np.float32) if self._points else None
-        labels = self._fill(images.numpy(), plan, points)
+        epoch = step // self._loader.steps_per_epoch
+        labels = self._fill(images.numpy(), plan, points, epoch)
         ids = [row[0] for row in labels]
         fake, class_id, identity, maker = (
             torch.tensor([row[1:5] for row in labels]).reshape(-1, 4).long().unbind(1)
@@ -315,12 +348,17 @@ class _Decoder:
             maker=maker,
             ids=ids,
             step=step,
-            epoch=step // self._loader.steps_per_epoch,
+            epoch=epoch,
+            makers=self._makers,
             landmarks=None if points is None else torch.from_numpy(points),
         )
 
     def _fill(
-        self, images: NDArray[np.uint8], plan: list[list[int]], points: NDArray[np.float32] | None
+        self,
+        images: NDArray[np.uint8],
+        plan: list[list[int]],
+        points: NDArray[np.float32] | None,
+        epoch: int,
     ) -> list[tuple[Any, ...]]:
         """Decode every row of the plan into its slot, and its points where they are asked for; the labels of each."""
         blocks = {
@@ -334,12 +372,15 @@ class _Decoder:
             label = block.rows[row]
             try:
                 if not (self._as_stored and block.decode_into(row, images[slot])):
-                    pixels, marks = block.decode(row), _paired(label[6])
-                    images[slot] = self._preprocess.apply(pixels, label[5], marks)
+                    pixels, box, marks = block.decode(row), label[5], _paired(label[6])
+                    if self._degradation.active:
+                        rng = generator(self._loader.config.seed, epoch, label[0])
+                        worse = degrade(pixels, self._degradation, rng)
+                        box, marks = _followed(box, marks, pixels, worse)
+                        pixels = worse
+                    images[slot] = self._preprocess.apply(pixels, box, marks)
                     if points is not None and marks and len(marks) == POINTS:
-                        points[slot] = self._preprocess.place(
-                            marks, (pixels.shape[1], pixels.shape[0]), label[5]
-                        )
+                        points[slot] = self._preprocess.place(marks, (pixels.shape[1], pixels.shape[0]), box)
             except (MediaError, DataError, ValueError) as error:
                 where = f"{self._loader.dataset.store.uri}/{self._shards[shard].key}"
                 raise DataError(f"{where}, id {label[0]}: {error}") from error
@@ -366,10 +407,7 @@ class _Decoder:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-        try:
-            reader = self._loader.dataset.reader(self._shards[shard])
-        except StorageError as error:  # which knows the shard, but not for which version it was read
-            raise type(error)(f"{self._loader._name}: {error}") from error
+        reader = self._loader.dataset.reader(self._shards[shard], version=self._loader.version)
         with self._lock:
             self._readers[shard] = reader
             while len(self._readers) > self._most_readers:
@@ -397,6 +435,17 @@ class _Decoder:
         _, offsets, data = pictures.buffers()
         ends = np.frombuffer(offsets, np.int32)[pictures.offset : pictures.offset + len(pictures) + 1]
         return _Block(rows, None, memoryview(data), ends.tolist())
+
+
+def _followed(
+    box: Any, marks: list[tuple[float, float]] | None, before: NDArray[np.uint8], after: NDArray[np.uint8]
+) -> tuple[Any, list[tuple[float, float]] | None]:
+    """Box (x, y, width, height) and points of a face in a picture whose size changed."""
+    if before.shape[:2] == after.shape[:2]:
+        return box, marks
+    down, across = (new / old for new, old in zip(after.shape[:2], before.shape[:2], strict=True))
+    scaled = [value * (across, down)[i % 2] for i, value in enumerate(box)] if box is not None else None
+    return scaled, [(x * across, y * down) for x, y in marks] if marks else marks
 
 
 def _paired(flat: list[float] | None) -> list[tuple[float, float]] | None:

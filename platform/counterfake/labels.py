@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from counterfake.records import Dataset
@@ -36,7 +37,9 @@ class Labels:
 
 
 def read(dataset: Dataset, version: Version, split: str, column: str) -> Labels:
-    """The labels of a split ("*" = all), from the cache or from the shards. Raises what opening a shard raises."""
+    """The labels of a split ("*" = all), from the cache or from the shards. Raises what opening a shard raises.
+
+    Of a nested column, like face_box, only whether a row has one: its value is True."""
     path = _path(dataset, version, split, column)
     found = _cached(path, version.rows(split) if split != "*" else version.rows())
     if found is None:
@@ -55,12 +58,19 @@ def _path(dataset: Dataset, version: Version, split: str, column: str) -> Path:
 
 
 def _encoded(dataset: Dataset, version: Version, split: str, column: str) -> pa.DictionaryArray:
-    rows = dataset.read(version, split, [column])[column]
-    return (
-        rows.combine_chunks().dictionary_encode()
-        if len(rows)
-        else pa.array([], rows.type).dictionary_encode()
-    )
+    """Shard by shard, so that no more than one is mapped at a time."""
+    shards = version.shards(split)
+    parts = [_codes(dataset.reader(shard, [column], version=version).read_all()[column]) for shard in shards]
+    nothing = _codes(pa.chunked_array([], dict(LABEL_TYPES)[column]))
+    found = pa.chunked_array([part for part in parts if len(part)] or [nothing])
+    joined = found.unify_dictionaries().combine_chunks()
+    return joined.chunk(0) if isinstance(joined, pa.ChunkedArray) else joined
+
+
+def _codes(rows: pa.ChunkedArray) -> pa.DictionaryArray:
+    if pa.types.is_nested(rows.type):
+        rows = pc.if_else(rows.is_valid(), True, pa.scalar(None, pa.bool_()))
+    return pa.concat_arrays(rows.chunks or [pa.array([], rows.type)]).dictionary_encode()
 
 
 def _cached(path: Path, rows: int) -> pa.DictionaryArray | None:

@@ -8,12 +8,15 @@ alone, so that any number of workers, and any number of attempts, give the same 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -28,9 +31,10 @@ from counterfake.prepare import Recipe, prepared
 from counterfake.samples import LABEL_TYPES, Sample, Skipped
 from counterfake.storage import Store, file_sha256, open_store
 
-FORMAT = 1  # of staged parts; raised when older ones would be misread or prepared differently
+FORMAT = 2  # of staged parts; raised when older ones would be misread or prepared differently
 FLUSH_BYTES = 16 << 20  # of media in one record batch of a staged part
 FLUSH_ROWS = 1024
+LEFT_SECONDS = 7 * 86_400
 OVERTAKEN = "if another process has just finished the same ingest, run this one again to see its result"
 UNREAD = "was not read: it disappeared"
 COLUMNS = pa.schema(
@@ -88,11 +92,27 @@ def digest(recipe: Recipe, names: Iterable[str], size: int) -> str:
     return found.hexdigest()
 
 
-class Staging:
-    """The staged parts of one ingest, under `prefix` of a store. Safe to use from several processes."""
+def scratch(home: Path) -> Path:
+    """A folder for media on their way into a version, under a workspace's home: those of a system may be small.
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self.store, self.prefix = store, prefix.rstrip("/")
+    What a killed process left there goes after LEFT_SECONDS in which nothing was written to it."""
+    folder = home / "scratch"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process is faster, or at work in it
+            newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if newest < time.time() - LEFT_SECONDS:
+                shutil.rmtree(left)
+    return folder
+
+
+class Staging:
+    """The staged parts of one ingest, under `prefix` of a store. Safe to use from several processes.
+
+    scratch: folder for a part that is being made; None = the system's."""
+
+    def __init__(self, store: Store, prefix: str, scratch: Path | None = None) -> None:
+        self.store, self.prefix, self.scratch = store, prefix.rstrip("/"), scratch
 
     def done(self) -> set[int]:
         """Numbers of the parts that are there."""
@@ -101,7 +121,7 @@ class Staging:
 
     def stage(self, part: Part, items: Iterable[Sample | Skipped]) -> Receipt:
         """Store the prepared items of a part. Nobody sees it before its receipt is there."""
-        with tempfile.TemporaryDirectory(prefix="counterfake-part-") as folder:
+        with tempfile.TemporaryDirectory(prefix="counterfake-part-", dir=self.scratch) as folder:
             path = Path(folder) / "rows.arrow"
             tally = _Tally(part)
             with _Writer(path) as writer:

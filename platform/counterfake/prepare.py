@@ -1,4 +1,4 @@
-"""What becomes of one item of a source on its way into a dataset: decoded, its face found, hashed, perhaps encoded anew.
+"""What becomes of one item of a source on its way into a dataset: decoded, its face found, measured, hashed, perhaps encoded anew.
 
 The decoder is the one that serving uses, so that what a detector is trained on is what it will be shown; what it refuses
 is skipped with its reason. Raw pixels pass as they are.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
-from counterfake import media
+from counterfake import media, quality
 from counterfake.errors import ConfigError, MediaError
 from counterfake.faces import FaceDetector
 from counterfake.fingerprint import perceptual_hash
@@ -57,9 +57,8 @@ class Preparer:
             return Skipped(item.path, error.reason)
         if self._detector is not None and item.face_method is None:
             item = _with_face(item, pixels, self._detector)
-        if self.recipe.fingerprint and (phash := perceptual_hash(pixels)):
-            item = dataclasses.replace(item, attributes=item.attributes | {"phash": phash})
-        return _encoded(item, pixels, self.recipe.encode) if self.recipe.encode else item
+        item = described(item, pixels, fingerprint=self.recipe.fingerprint)
+        return encoded(item, pixels, self.recipe.encode) if self.recipe.encode else item
 
 
 def prepared(
@@ -87,6 +86,23 @@ def prepared(
             yield waiting.popleft()[1].result()
 
 
+def described(sample: Sample, pixels: media.Pixels, *, fingerprint: bool = True) -> Sample:
+    """The sample with what `quality` measures of its pixels (H, W, C), and its perceptual hash if it has one."""
+    known = quality.measured(pixels, sample.face_box, sample.attributes.get("face_score"))
+    if fingerprint and (phash := perceptual_hash(pixels)):
+        known["phash"] = phash
+    return dataclasses.replace(sample, attributes=sample.attributes | known)
+
+
+def encoded(sample: Sample, pixels: media.Pixels, encode: str) -> Sample:
+    """The sample with its picture through the one encoder; the digest of the original is kept."""
+    format, level = encoder(encode)
+    attributes = {**sample.attributes, "encoded": encode, "original": sample.id}
+    return dataclasses.replace(
+        sample, id="", image=media.encode(pixels, format, level), pixels=None, attributes=attributes
+    )
+
+
 def encoder(text: str) -> tuple[Literal["jpeg", "png", "webp"], int]:
     """ "jpeg:90" -> ("jpeg", 90). Raises ConfigError for anything that is no encoder."""
     name, _, quality = text.partition(":")
@@ -112,19 +128,12 @@ def _with_face(sample: Sample, pixels: media.Pixels, detector: FaceDetector) -> 
     """The largest face; a picture without one keeps the method's name alone, which says that it was searched."""
     face = detector.largest(pixels)
     points = face.landmarks if face is not None else None
+    known = {"face_score": face.score} if face is not None else {}
     return dataclasses.replace(
         sample,
         face_box=face.box if face is not None else None,
         face_method=detector.method,
         face_margin=1.0,
         landmarks=[value for point in points for value in point] if points else None,
-    )
-
-
-def _encoded(sample: Sample, pixels: media.Pixels, encode: str) -> Sample:
-    """The sample with its picture through the one encoder; the digest of the original is kept."""
-    format, quality = encoder(encode)
-    attributes = sample.attributes | {"encoded": encode, "original": sample.id}
-    return dataclasses.replace(
-        sample, id="", image=media.encode(pixels, format, quality), attributes=attributes
+        attributes=sample.attributes | known,
     )

@@ -9,6 +9,7 @@ same samples give the same shards.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from counterfake import versions
-from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError
+from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError, StorageError
 from counterfake.samples import Report, Sample, Skipped, schema, to_sample
 from counterfake.staging import Known, Plan, Spool
 from counterfake.storage import Store, file_sha256, open_store, probe
@@ -100,8 +101,17 @@ class Dataset:
         """The shard as a local file, its SHA-256 verified. Raises NotFoundError, CorruptError."""
         return self.store.fetch(shard.key, sha256=shard.sha256, cache=self.cache)
 
-    def reader(self, shard: Shard, columns: Sequence[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-        """An open shard. Columns that are not asked for are not read. Raises DataError for a foreign file."""
+    def reader(
+        self, shard: Shard, columns: Sequence[str] | None = None, *, version: Version | None = None
+    ) -> pa.ipc.RecordBatchFileReader:
+        """An open shard. Columns that are not asked for are not read. Raises DataError for a foreign file.
+
+        version: the one it is read for, which an error names (default: the newest loaded one that holds the shard).
+        """
+        with self._naming(shard, version):
+            return self._reader(shard, columns)
+
+    def _reader(self, shard: Shard, columns: Sequence[str] | None) -> pa.ipc.RecordBatchFileReader:
         source = pa.memory_map(str(self.local(shard)))
         try:
             reader = pa.ipc.open_file(source)
@@ -127,7 +137,9 @@ class Dataset:
         if not shards:
             table = schema(version.kind, version.shape).empty_table()
             return table.select(list(columns)) if columns is not None else table
-        table = pa.concat_tables([self.reader(shard, columns).read_all() for shard in shards])
+        table = pa.concat_tables(
+            [self.reader(shard, columns, version=version).read_all() for shard in shards]
+        )
         return table.select(list(columns)) if columns is not None else table
 
     def samples(
@@ -139,7 +151,7 @@ class Dataset:
         """The samples of a split in stored order; those of a record batch (N rows) for which `keep` gives (N,) True."""
         version = self._resolve(version)
         for shard in version.shards(split):
-            reader = self.reader(shard)
+            reader = self.reader(shard, version=version)
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index)
                 chosen = batch if keep is None else batch.take(pa.array(np.flatnonzero(keep(batch))))
@@ -176,13 +188,34 @@ class Dataset:
     def _resolve(self, version: Version | int | None) -> Version:
         return version if isinstance(version, Version) else self.version(version)
 
+    @contextlib.contextmanager
+    def _naming(self, shard: Shard, version: Version | None) -> Iterator[None]:
+        """Errors about a shard also say for which version and split it was read: it may be in many."""
+        try:
+            yield
+        except (StorageError, DataError) as error:
+            raise type(error)(f"{self._needs(shard, version)}: {error}") from error
+
+    def _needs(self, shard: Shard, version: Version | None) -> str:
+        newest_first = [self._loaded[number] for number in sorted(self._loaded, reverse=True)]
+        for one in [version] if version is not None else newest_first:
+            for split, shards in one.splits.items():
+                if shard in shards:
+                    return f"{self.store.uri}@{one.number} split {split}"
+        return self.store.uri
+
 
 def _check_ours(name: str, schema: pa.Schema) -> None:
     """Raises DataError for an Arrow file of somebody else's, or of a newer counterfake."""
     ours = (schema.metadata or {}).get(b"counterfake")
     if ours is None:
         raise DataError(f"{name} is an Arrow file that counterfake did not write")
-    found = int(json.loads(ours)["schema_version"])
+    try:
+        found = int(json.loads(ours)["schema_version"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{name} is an Arrow file that counterfake did not write: its metadata 'counterfake' names no schema"
+        ) from error
     if found > versions.SCHEMA_VERSION:
         raise DataError(
             f"{name} has schema {found}, this counterfake reads up to {versions.SCHEMA_VERSION}; update counterfake"
@@ -212,10 +245,12 @@ def write_version(
     parent: the version to add to (its shards are kept), "append" for the newest one if there is any, None to start
     afresh. An append always goes onto the newest descendant of its parent, so concurrent writers lose nothing. Bytes
     that are there already are counted as duplicates in `report`; when nothing new is left, or the newest version
-    holds exactly this data, that version is returned and none is written.
+    holds exactly this data, that version is returned and none is written. A source keeps its terms: the same name with
+    others is refused.
     sources: {name: {"licence": text, "consent": research | subjects | synthetic | none}} for every source of a row.
     scratch: folder for temporary files, as large as the media. progress(inputs seen so far) is called now and then.
-    Raises DataError for no samples, mixed kinds or sizes, a source without licence and consent.
+    Raises DataError for no samples, mixed kinds or sizes, a source without licence and consent or with other terms than
+    the parent's of that name.
     """
     dataset = Dataset.open(uri, cache=cache)
     if dataset.pinned is not None:
@@ -302,6 +337,12 @@ class _Draft:
                 f"{self.dataset.store.uri}@{base.number} holds {theirs[0]} {theirs[1] or ''} but the new samples are "
                 f"{ours[0]} {ours[1] or ''}; write them to a dataset of their own"
             )
+        self._sources(base)
+
+    def _sources(self, base: Version | None) -> dict[str, dict[str, Any]]:
+        """Old and new. Raises DataError where new samples would change the terms of old ones, or take theirs over."""
+        old = {f"{self.dataset.store.uri}@{base.number}": base.sources} if base is not None else {}
+        return versions.united({**old, "the new samples": self.spool.sources})
 
     def _read_labels(self, shard: Shard) -> pa.Table:
         return self.dataset.reader(shard, Known.COLUMNS).read_all()
@@ -349,7 +390,7 @@ class _Draft:
         assert spool.kind is not None
         old = base.splits if base is not None else {}
         splits = {name: (*old.get(name, ()), *added.get(name, ())) for name in dict.fromkeys([*old, *added])}
-        sources = {**(base.sources if base is not None else {}), **spool.sources}
+        sources = self._sources(base)
         return Version(
             number=number,
             digest=versions.content_digest(spool.kind, spool.shape, splits, sources),

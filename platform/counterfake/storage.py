@@ -13,6 +13,7 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -453,17 +454,34 @@ def _link(staging: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        return _create(path, staging.read_bytes())  # a file system without hard links
+        return _rename_absent(staging, path)  # a file system without hard links
     return True
 
 
-def _create(path: Path, data: bytes) -> bool:
+def _rename_absent(staging: Path, path: Path) -> bool:
+    """Rename unless the name is taken: one step for all who lock the folder first. A killed writer leaves no lock and no part."""
+    with _locked(path.parent):
+        if path.exists():
+            return False
+        os.replace(staging, path)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for one writer of this machine, or of all where its file system keeps locks for all."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with open(path, "xb") as file:  # one writer wins; readers check the digest inside
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StorageError(
+                f"{folder} is on a file system with neither hard links nor locks ({error.strerror}), where two writers "
+                f"could overwrite each other's version; choose a folder on another one"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -622,7 +640,13 @@ class _S3Store(Store):
         import pyarrow.fs
 
         meta = self.client.meta
-        options: dict[str, Any] = {"region": meta.region_name or "us-east-1"}
+        retries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_attempts(self.deadline_s, self._stall))
+        options: dict[str, Any] = {
+            "region": meta.region_name or "us-east-1",
+            "connect_timeout": self._stall,
+            "request_timeout": self._stall,  # of silence; it has no time-out for a server that drips bytes
+            "retry_strategy": retries,  # a copy in another process has pyarrow's own: 3 attempts
+        }
         if not _is_aws(meta.endpoint_url):
             scheme, _, host = meta.endpoint_url.partition("://")
             options |= {"endpoint_override": host, "scheme": scheme, "allow_bucket_creation": False}
@@ -811,6 +835,13 @@ class _S3Store(Store):
                 again.busy = _status(error) is not None  # it did answer
                 raise again from error
             raise _final(error, what) from error
+
+
+def _attempts(deadline_s: float, stall_s: float) -> int:
+    """Of the AWS SDK below pyarrow, so that one call ends by the deadline though each attempt stalls twice, in connecting and
+    in the answer. Before attempt n + 1 it waits 2^(n-1) seconds at most."""
+    fitting = (n for n in range(2, ATTEMPTS + 1) if 2 * n * stall_s + 2 ** (n - 1) - 1 <= deadline_s)
+    return max(fitting, default=1)
 
 
 class _Patience:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from counterfake import rowlists
 from counterfake.config import canonical_json
 from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError
 from counterfake.fingerprint import BITS, NEAR_BITS
@@ -78,9 +79,16 @@ class Version:
         self, column: Literal["maker", "identity"], where: Mapping[str, Any] | None = None
     ) -> list[str]:
         """Sorted makers or identities of the rows, over all splits, that `where` does not rule out."""
+        return sorted({row[column] for row in self.counts_of("*", where) if row[column] is not None})
+
+    def counts_of(self, split: str, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The entries of `counts` of a split, "*" for all, that what `where` says of counted columns does not rule out."""
         rules = {key: value for key, value in (where or {}).items() if key in _COUNTED}
-        rows = (row for row in self.counts if all(fits(row[key], value) for key, value in rules.items()))
-        return sorted({row[column] for row in rows if row[column] is not None})
+        return [
+            row
+            for row in self.counts
+            if split in ("*", row["split"]) and all(fits(row[key], value) for key, value in rules.items())
+        ]
 
     def describe(self) -> dict[str, Any]:
         """What a person asks first, JSON-able: rows of each split, counts, sources, report, writer."""
@@ -96,10 +104,28 @@ _COUNTED = ("fake", "class_id", "maker", "identity")
 
 
 def fits(value: Any, wanted: Any) -> bool:
-    """Does a row's value satisfy one entry of `where`: equal, or one of several. "1" fits 1, as typed on a command line."""
+    """Does a row's value satisfy one entry of `where`: equal, one of several, or on a list of rows ("@URI#part").
+
+    "1" fits 1, as typed on a command line."""
+    if rowlists.is_list(wanted):
+        return value in rowlists.ids(wanted)
     if isinstance(wanted, list | tuple | set | frozenset):
         return any(fits(value, one) for one in wanted)
     return str(value) == wanted if isinstance(wanted, str) and value is not None else value == wanted
+
+
+def united(sources: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """{where: its sources} -> all sources. Raises DataError for one name with two meanings: its rows could not be told apart."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for where, own in sources.items():
+        for name, facts in own.items():
+            first, known = found.setdefault(name, (where, dict(facts)))
+            if known != facts:
+                raise DataError(
+                    f"source {name!r} is {known} in {first} but {dict(facts)} in {where}; ingest one of them again "
+                    "under another source.name"
+                )
+    return {name: facts for name, (_, facts) in found.items()}
 
 
 def content_digest(

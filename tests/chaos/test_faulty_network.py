@@ -55,11 +55,14 @@ def test_an_epoch_over_a_faulty_network_is_the_same(
 
 
 @pytest.mark.full
-def test_an_epoch_over_a_faulty_network_takes_less_than_twice_as_long(
-    s3, faulty_s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_an_epoch_over_a_faulty_network_takes_about_twice_as_long_at_most(
+    seed: int, s3, faulty_s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ratio = compare(s3, faulty_s3(Rates(seed=1), stall_s=10.0), 8000, tmp_path, monkeypatch)
-    print(f"{ratio:.2f} times as long; the promise is at most 2")
+    """On a quiet machine, by hand: the promise is 2; the rest is what a few stalls of 10 s, or a neighbour, may add."""
+    ratio = compare(s3, faulty_s3(Rates(seed=seed), stall_s=10.0), 8000, tmp_path, monkeypatch)
+    print(f"seed {seed}: {ratio:.2f} times as long; the promise is at most 2")
+    assert ratio <= 2.5
 
 
 def test_a_stalled_endpoint_ends_training_data_by_the_deadline_with_what_to_do(

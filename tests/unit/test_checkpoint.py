@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from counterfake import checkpoint
+from counterfake.config import canonical_json
 from counterfake.errors import CheckpointError
 
 
@@ -56,7 +58,8 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path, state: dict[str, 
 
 def test_the_digest_names_the_content(tmp_path: Path, state: dict[str, Any]) -> None:
     first = checkpoint.save(tmp_path / "a", state, {})
-    assert first == checkpoint.save(tmp_path / "b", state, {}) == checkpoint.digest(tmp_path / "a")
+    assert first == checkpoint.save(tmp_path / "b", state, {})
+    assert json.loads((tmp_path / "a" / "state.json").read_text())["state_sha256"] == first
     state["net"]["bias"][0] += 1e-6
     assert checkpoint.save(tmp_path / "c", state, {}) != first
 
@@ -82,13 +85,56 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path, state: dict[str, 
         checkpoint.load(tmp_path / "c")
 
 
+def rewrite(folder: Path, *, sealed: bool = True, **changes: Any) -> None:
+    """Other members in `state.json`, with a digest that fits them or with none."""
+    info = json.loads((folder / "state.json").read_text())
+    del info["state_sha256"]
+    text = canonical_json(info | changes)
+    digest = hashlib.sha256(text).hexdigest()
+    (folder / "state.json").write_bytes(checkpoint._sealed(text, digest) if sealed else text)
+
+
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, state: dict[str, Any]) -> None:
     checkpoint.save(tmp_path / "c", state, {})
-    path = tmp_path / "c" / "state.json"
-    info = json.loads(path.read_text())
-    info["files"]["../../secret.safetensors"] = "0" * 64
-    path.write_text(json.dumps(info))
+    rewrite(tmp_path / "c", files={"../../secret.safetensors": "0" * 64})
     with pytest.raises(CheckpointError, match="outside its folder"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_keys_and_numbers_that_json_changes_keep_the_digest(tmp_path: Path) -> None:
+    meta = {"by_step": {10: "a", 9: "b"}, "lr": 1e-07, "name": "é"}
+    checkpoint.save(tmp_path / "c", {"w": torch.ones(1)}, meta)
+    assert checkpoint.read_meta(tmp_path / "c") == {**meta, "by_step": {"10": "a", "9": "b"}}
+
+
+def test_a_text_that_looks_like_the_digest_does_no_harm(tmp_path: Path) -> None:
+    meta = {"zz": 1, "state_sha256": "0" * 64, "text": ',"state_sha256":"'}
+    checkpoint.save(tmp_path / "c", {"w": torch.ones(1)}, meta)
+    assert checkpoint.load(tmp_path / "c")[1] == meta
+
+
+def test_a_checkpoint_of_format_1_is_read_with_a_warning(
+    tmp_path: Path, state: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tmp_path / "c", state, {"step": 7})
+    rewrite(tmp_path / "c", sealed=False, format=1)
+    found, meta = checkpoint.load(tmp_path / "c")
+    assert same(found, state)
+    assert meta == {"step": 7}
+    assert "has no digest of its own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sealed", "message"),
+    [({}, False, "its own digest is gone"), ({"format": 3}, True, "format 3; this version reads 1 and 2")],
+    ids=["no digest", "the future"],
+)
+def test_a_state_without_digest_or_of_the_future_is_refused(
+    tmp_path: Path, changes: dict[str, Any], sealed: bool, message: str
+) -> None:
+    checkpoint.save(tmp_path / "c", {"w": torch.ones(1)}, {})
+    rewrite(tmp_path / "c", sealed=sealed, **changes)
+    with pytest.raises(CheckpointError, match=rf"c/state\.json .*{message}"):
         checkpoint.load(tmp_path / "c")
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterfake import records, storage, versions
+from counterfake import curation, records, storage, versions
 from counterfake.curation import Condition, GcPlan, collect, derive, diff, gc_plan, merge
 from counterfake.errors import ConfigError, DataError
 from counterfake.records import Dataset, Report, Sample, SplitRule, Version, write_version
@@ -331,6 +331,25 @@ def test_a_shard_deleted_under_a_writer_is_written_again(
     assert version.number == 2
     assert missing(faces) == set()
     assert faces.verify()["problems"] == []
+
+
+def test_newer_versions_are_looked_for_before_each_batch_of_deletions(
+    faces: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that appears after the first deletion, of old shards: what it reaches and is still there stays."""
+    monkeypatch.setattr(curation, "AT_ONCE", 1)
+    rows = [sample(n) for n in range(100, 104)]
+    number = write(faces.store.uri, rows, splits=TRAIN, rows_per_shard=1, rows_per_batch=1).number
+    key = f"versions/{number:06d}.json"
+    manifest = faces.store.read(key)
+    faces.store.delete(key)
+    age(tmp_path / "faces")
+    dataset = Dataset.open(faces.store.uri)
+    plan = gc_plan(dataset)
+    assert len(plan.shards) == 4
+    gone = collect(dataset, plan, progress=lambda _: dataset.store.put(key, manifest))
+    assert (gone["shards"], gone["kept"]) == (1, 3)
+    assert missing(dataset) == {plan.shards[0].key}
 
 
 def test_young_shards_and_busy_staging_stay(faces: Dataset, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -14,15 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from counterfake import data, media
+from counterfake import data, labels, media
 from counterfake.data import DataConfig, Loader
 from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundError
 from counterfake.images import Preprocess
 from counterfake.order import Order
 from counterfake.records import Dataset, Sample, SplitRule, write_version
+from counterfake.versions import Shard, Version, commit
 
 SOURCES = {"made": {"licence": "CC0-1.0", "consent": "synthetic"}}
 TRAIN = SplitRule(fractions={"train": 1.0})
@@ -121,6 +124,66 @@ def test_a_step_does_not_depend_on_the_steps_before_it(
     batches = [epoch_rows(walked, epoch, s) for s in range(walked.steps)]
     fresh, _ = order(shape, options)
     assert epoch_rows(fresh, epoch, step) == batches[step]
+
+
+def manifest(folder: str, shape: list[list[int]]) -> str:
+    """URI of a dataset with a manifest and no shards: an order needs no more."""
+    dataset = Dataset.open(Path(folder, "counted").as_uri())
+    shards = tuple(
+        Shard(f"{number:064x}", 1, sum(sizes), tuple((size, 1) for size in sizes))
+        for number, sizes in enumerate(shape)
+    )
+    made = Version(
+        number=1, digest="0" * 64, kind="image", shape=None, splits={"train": shards}, parent=None,
+        sources={}, counts=(), report={}, writer={}, created_at="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    assert commit(dataset.store, made)
+    return dataset.store.uri
+
+
+def global_batch(options: DataConfig, world: int, step: int) -> list[list[int]]:
+    """What workers that have just started read together at a step: (shard, record batch, row) of each row, in order."""
+    return [
+        row for rank in range(world) for row in Loader(options, rank=rank, world=world).plan(step).tolist()
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=6),
+    options=ORDERS,
+    stays=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=5),
+)
+def test_workers_that_come_and_go_read_the_same_batches_and_each_row_once(
+    shape: list[list[int]], options: dict[str, Any], stays: list[tuple[int, int]]
+) -> None:
+    """stays: (which of the world sizes that divide lanes, for how many steps); each begins with fresh workers."""
+    batch_size = options["share"] * options["lanes"]
+    rows = sum(map(sum, shape))
+    assume(rows >= batch_size or not options["drop_last"])
+    worlds = [world for world in range(1, options["lanes"] + 1) if options["lanes"] % world == 0]
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {name: value for name, value in options.items() if name != "share"}
+        fitting = config(manifest(folder, shape), batch_size=batch_size, **changes)
+        alone = Loader(fitting)
+        steps = alone.steps_per_epoch
+        reference = [alone.plan(step).tolist() for step in range(2 * steps)]
+        found: list[list[list[int]]] = []
+        for choice, length in itertools.cycle(stays):
+            world = worlds[choice % len(worlds)]
+            ranks = [Loader(fitting, rank=rank, world=world) for rank in range(world)]
+            found += [
+                [row for rank in ranks for row in rank.plan(step).tolist()]
+                for step in range(len(found), min(len(found) + length, 2 * steps))
+            ]
+            if len(found) == 2 * steps:
+                break
+        assert found == reference
+        for world in worlds:  # from any step on: here from the second epoch's last
+            assert global_batch(fitting, world, 2 * steps - 1) == reference[-1]
+    for epoch in range(2):
+        seen = [tuple(row) for batch in reference[epoch * steps : (epoch + 1) * steps] for row in batch]
+        assert len(set(seen)) == len(seen) == rows - (rows % batch_size if options["drop_last"] else 0)
 
 
 def test_epochs_seeds_and_neighbours_differ() -> None:
@@ -375,6 +438,21 @@ def test_labels_are_read_from_the_shards_once(
     monkeypatch.setattr(Dataset, "reader", lambda *_: pytest.fail("a shard was opened"))
     second = Loader(options, cache=tmp_path)
     np.testing.assert_array_equal(first.plan(3), second.plan(3))
+
+
+@pytest.mark.parametrize("column", ["fake", "class_id", "identity", "maker", "id"])
+@pytest.mark.parametrize("split", ["train", "*", "empty"])
+def test_labels_of_many_shards_are_those_of_the_rows(
+    faces: str, tmp_path: Path, split: str, column: str
+) -> None:
+    dataset = Dataset.open(faces, cache=tmp_path)
+    version = dataset.version()
+    version = dataclasses.replace(version, splits={**version.splits, "empty": ()})
+    found = labels.read(dataset, version, split, column)
+    assert len(version.shards(split)) == (0 if split == "empty" else 6)
+    expected = dataset.read(version, split, [column])[column].to_pylist()
+    assert [found.values[code] if code >= 0 else None for code in found.codes] == expected
+    assert len(set(found.values)) == len(found.values)
 
 
 def test_a_broken_label_cache_is_read_again(faces: str, tmp_path: Path) -> None:

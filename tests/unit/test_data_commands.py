@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from counterfake.errors import ConfigError, NotFoundError
-from counterfake.records import Dataset, Sample, write_version
+from counterfake.audit import admit
+from counterfake.errors import ConfigError, DataError, NotFoundError
+from counterfake.records import Dataset, Sample, SplitRule, write_version
+from counterfake.sources.synthetic import SyntheticSource
 from counterfake.workspace import Workspace
 from jobs import __main__ as command
+from jobs.ingest import IngestJob, run
 
 SOURCES = {
     "made": {"licence": "CC0-1.0", "consent": "synthetic"},
@@ -105,6 +108,57 @@ def test_derive_writes_the_rows_asked_for(data: Data, place: Workspace) -> None:
     assert made["dataset"] == f"{place.dataset('real')}@1"
     assert made["rows"] == sum(made["splits"].values()) == 10
     assert Dataset.open(place.dataset("real")).version().names("maker") == ["camera"]
+
+
+@pytest.fixture
+def drawn(place: Workspace) -> Workspace:
+    """`portraits`: 16 drawn faces of 16 people, 48 and 96 pixels."""
+    for size in (48, 96):
+        source = SyntheticSource(identities=8, per_identity=1, size=size, seed=size)
+        run(IngestJob(source=source, into="portraits", audit=False), place)
+    return place
+
+
+def test_derive_chooses_by_what_was_measured_at_ingest(data: Data, drawn: Workspace) -> None:
+    made = answer(data("derive", "portraits", "--into", "large", "--min", "short_side=96", "--json"))
+    assert made["rows"] == 8
+    dataset = Dataset.open(drawn.dataset("portraits"))
+    rows = [s for split in dataset.version().splits for s in dataset.samples(None, split)]
+    middle = sorted(row.attributes["sharpness"] for row in rows)[8]
+    words = ("--min", f"sharpness={middle}", "--where", "attributes.face_side<1000")
+    assert answer(data("derive", "portraits", "--into", "sharp", *words, "--json"))["rows"] == 8
+    result = data("derive", "portraits", "--into", "x", "--min", "beauty=1")
+    assert "sharpness, short_side, face_side, face_score" in str(result.exception)
+
+
+def test_derive_maps_every_row_and_accounts_for_it(data: Data, drawn: Workspace) -> None:
+    made = answer(data("derive", "portraits", "--into", "crops", "--map", "crop-faces:1.1", "--json"))
+    dataset = Dataset.open(drawn.dataset("crops"))
+    version = dataset.version()
+    assert version.writer["change"] == "crop-faces:1.1"
+    rows = [s for split in version.splits for s in dataset.samples(version, split)]
+    assert [round(row.face_margin or 0, 3) for row in rows] == [1.1] * 16
+    assert made["rows"] == 16
+    broken = data("derive", "faces", "--into", "none", "--map", "png")
+    assert "30 unsupported" in str(broken.exception)  # none of these is a picture
+    assert isinstance(data("derive", "faces", "--into", "none", "--map", "blur").exception, ConfigError)
+
+
+def test_derived_and_merged_versions_are_audited_and_a_leak_is_told(data: Data, place: Workspace) -> None:
+    made = answer(data("derive", "faces", "--into", "real", "--where", "fake=0", "--json"))
+    assert made["audit"]["leaks"] == []
+    dataset = Dataset.open(place.dataset("real"))
+    assert dataset.store.exists(f"audits/{made['digest']}.json")
+    for number, name, split in ((500, "a", "train"), (501, "b", "test")):
+        person = sample(number, identity="ann", split=split)
+        write_version(place.dataset(name), [person], sources=SOURCES, splits=SplitRule(by="id"))
+    result = data("merge", "a", "b", "--into", "both", "--json")
+    (leak,) = answer(result)["audit"]["leaks"]
+    assert leak.startswith("identity: 1 times rows of one identity lie in several splits")
+    assert "training refuses a version with a leak" in result.stderr
+    with pytest.raises(DataError, match="found a leak"):
+        both = Dataset.open(place.dataset("both"))
+        admit(both, both.version(), allow_leaks=False)
 
 
 def test_merge_keeps_the_first_label_and_says_so(data: Data, place: Workspace) -> None:

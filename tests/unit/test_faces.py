@@ -239,10 +239,13 @@ def test_without_eyes_the_aligned_mode_is_the_crop() -> None:
         aligned.apply(pixels)
 
 
-def test_old_settings_keep_their_digest() -> None:
-    """What bundles in the field were made with."""
+def test_a_preprocessing_is_named_by_these_settings() -> None:
+    """Of settings, not of their defaults; what belongs to them is listed here, because a new one changes every digest."""
     assert Preprocess(crop="face", margin=1.3).digest == Preprocess(crop="face").digest
-    assert set(dataclasses.asdict(Preprocess())) == {"size", "channels", "crop", "margin"}
+    assert set(dataclasses.asdict(Preprocess())) == {
+        *("size", "channels", "crop", "margin"),
+        *("finder", "boxes", "box_margin"),
+    }
 
 
 # -- tracks ----------------------------------------------------------------------------------------------------------

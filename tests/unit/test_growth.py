@@ -21,10 +21,12 @@ STEPS = (
     "balanced",
     "append",
     "commit",
+    "parse",
     "open",
     "plan",
     "any_step",
     "gc_plan",
+    "gc_collect",
 )
 
 
@@ -52,8 +54,10 @@ def test_real_shards_are_verified_and_read(tmp_path: Path) -> None:
 
 
 def test_every_size_gets_a_row_of_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "SIZES", (1000, 2000, 9000))
+    monkeypatch.setattr(growth, "SIZES", (1000, 2500))
     monkeypatch.setattr(growth, "MOST_REAL_ROWS", 2000)
+    monkeypatch.setattr(growth, "REPEATED", 2)
+    monkeypatch.setattr(growth, "GARBAGE", 70)
 
     def measure(spec: harness.Spec) -> dict[str, Any]:
         return {
@@ -61,10 +65,26 @@ def test_every_size_gets_a_row_of_figures(tmp_path: Path, monkeypatch: pytest.Mo
         }
 
     monkeypatch.setattr(harness, "measure", measure)
-    job = benchmark.BenchmarkJob(name="growth", pictures=9000, size=4, batch_size=64, repeats=2)
-    found = benchmark.run(job, Workspace.at(tmp_path))["table"]
-    assert [row["rows"] for row in found] == [1000, 2000, 9000]
+    job = benchmark.BenchmarkJob(name="growth", pictures=2500, size=4, batch_size=64, repeats=2)
+    result = benchmark.run(job, Workspace.at(tmp_path))
+    found = result["table"]
+    assert [row["rows"] for row in found] == [1000, 2500]
     for row in found:
-        steps = STEPS if row["rows"] <= 2000 else STEPS[3:]
-        assert row.keys() == {"rows", "manifest_mb", *(f"{s}_{unit}" for s in steps for unit in ("s", "mb"))}
+        assert row.keys() == {"rows", "manifest_mb", *(f"{s}_{unit}" for s in STEPS for unit in ("s", "mb"))}
         assert all(value >= 0 for value in row.values())
+    assert result["ours"] > 0
+    assert result["ratio_to_limit"] == harness.ratio(result["ours"], result["limit"])
+    assert (result["peers"], result["ratio_to_best_peer"], result["unit"]) == ({}, None, "rows/s")
+
+
+def test_beyond_the_files_of_its_own_a_dataset_repeats_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "MOST_REAL_ROWS", 2000)
+    monkeypatch.setattr(growth, "REPEATED", 2)
+    uri = growth._real(tmp_path, 5000)
+    assert len(list((tmp_path / "tiny-5000" / "shards").iterdir())) == 2
+    config = DataConfig(uri=uri, batch_size=100, preprocess=Preprocess(size=growth.SIDE, channels=1))
+    loader = Loader(config, cache=tmp_path / "cache")
+    assert loader.rows == 5000
+    assert sum(len(batch) for batch in loader.batches(epochs=1)) == 5000

@@ -13,11 +13,15 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from counterfake import media, parts
@@ -26,12 +30,15 @@ from counterfake.errors import ConfigError, CorruptError, CounterfakeError, Data
 from counterfake.fingerprint import is_hash, perceptual_hash
 from counterfake.parts import Part, Staging
 from counterfake.records import Dataset, Sample, Skipped, SplitRule
+from counterfake.sources import listing, parquet
 from counterfake.sources.folder import FolderSource
 from counterfake.sources.idx import IdxSource
 from counterfake.sources.npz import NpzSource
+from counterfake.sources.parquet import ParquetSource
 from counterfake.sources.synthetic import SyntheticSource
 from counterfake.storage import open_store
 from counterfake.workspace import Workspace
+from jobs import __main__ as shell
 from jobs.ingest import PRESETS, IngestJob, run
 
 SMALL = SyntheticSource(identities=12, per_identity=3, size=32)
@@ -122,6 +129,69 @@ def test_too_many_bad_files_write_nothing_and_are_named(workspace: Workspace, tm
     assert json.loads(open_store(folder).read(name))["skipped"] == [["real/broken.jpg", "undecodable"]]
     with pytest.raises(NotFoundError):
         Dataset.open(workspace.dataset("pictures")).version()
+
+
+def test_what_operating_systems_leave_behind_is_counted_and_no_fault(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    root = fill(tmp_path / "in", 5)
+    for name in (
+        "real/.DS_Store",
+        "real/Thumbs.db",
+        "fake/desktop.ini",
+        ".cache/x/1.jpg",
+        "fake/painter/._0.jpg",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"nothing")
+    result = run(pictures(root, max_skipped_fraction=0.0), workspace)
+    assert result["report"]["inputs"] == {"seen": 15, "ok": 10, "skipped": 5}
+    assert result["report"]["skipped"] == {listing.HIDDEN: 5}
+    (root / "linked").symlink_to(root / "real", target_is_directory=True)
+    with pytest.raises(DataError, match=r"1 of 11 files .*First: linked/: a link to a folder"):
+        run(pictures(root, max_skipped_fraction=0.0), workspace)
+
+
+def test_a_broken_parquet_file_costs_its_own_rows_alone(workspace: Workspace, tmp_path: Path) -> None:
+    table, root = pa.table({"image": [jpeg(number) for number in range(8)]}), tmp_path / "in"
+    root.mkdir()
+    for name in ("a", "b"):
+        pq.write_table(table.slice(4 * (name == "b"), 4), root / f"{name}.parquet")
+    (root / "b.parquet").write_bytes((root / "b.parquet").read_bytes()[:-9])
+    source = ParquetSource(path=str(root), licence="MIT", consent="none", fake=0)
+    job = IngestJob(source=source, into="table", audit=False)
+    with pytest.raises(DataError, match=r"1 of 5 files .*First: b\.parquet: no readable parquet file"):
+        run(job, workspace)
+    report = run(override(job, {"max_skipped_fraction": 0.5}), workspace)["report"]
+    assert report["inputs"] == {"seen": 5, "ok": 4, "skipped": 1}
+    assert report["skipped"] == {parquet.DAMAGED: 1}
+
+
+def test_media_wait_under_the_workspace_and_not_in_a_folder_of_the_system(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = tempfile.TemporaryDirectory, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        seen.append(settings.get("dir"))
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", counted)
+    run(faces(), workspace)  # one part
+    run(faces(part_inputs=10, append=False), workspace)
+    assert set(seen) == {workspace.home / "scratch"}
+    assert not list((workspace.home / "scratch").iterdir())
+
+
+def test_what_a_killed_process_left_in_the_scratch_folder_goes_after_a_week(tmp_path: Path) -> None:
+    folder = parts.scratch(tmp_path)
+    for name, days in (("old", 8), ("young", 6), ("written", 0)):
+        (folder / name).mkdir()
+        (folder / name / "media").write_bytes(b"x")
+        for path in (folder / name / "media", folder / name):
+            os.utime(path, (time.time() - 86_400 * days,) * 2)
+    os.utime(folder / "written", (1, 1))
+    assert sorted(path.name for path in parts.scratch(tmp_path).iterdir()) == ["written", "young"]
 
 
 def test_an_empty_folder_is_one_clear_line(workspace: Workspace, tmp_path: Path) -> None:
@@ -491,13 +561,52 @@ def test_hostile_files_are_all_accounted_for_within_a_gigabyte(
     assert found["peak_kb"] < 1_000_000
 
 
+VIDEOS = HOSTILE.replace(
+    "job = pictures(sys.argv[1], max_skipped_fraction=1.0, **settings)",
+    """from counterfake.sources.video import FaceCut, VideoSource
+from jobs.ingest import IngestJob
+cut = FaceCut(frames=4, eyes=False, deadline_seconds=20)
+source = VideoSource(path=sys.argv[1], licence="MIT", consent="none", cut=cut)
+job = IngestJob(source=source, into="videos", audit=False, max_skipped_fraction=1.0)""",
+).replace(
+    "print(json.dumps(",
+    """import resource
+children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"children_kb": children} | """,
+)
+
+
+def test_hostile_files_among_videos_are_all_accounted_for_within_a_gigabyte(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    with tarfile.open(shared_data / "hostile" / "hostile.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    good = shared_data / "videos" / "real_ffpp_004.mp4"
+    (folder / "good.mp4").write_bytes(good.read_bytes())
+    for number, data in enumerate((good.read_bytes()[:20_000], good.read_bytes()[:40] + b"\xff" * 9_000)):
+        (folder / f"cut{number}.mp4").write_bytes(data)
+    there = sum(path.is_file() for path in folder.rglob("*"))
+    ended = subprocess.run(
+        [sys.executable, "-c", VIDEOS, str(folder), str(tmp_path / "runs"), "{}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    inputs = found["report"]["inputs"]
+    assert inputs["seen"] == inputs["ok"] + inputs["skipped"] == there
+    assert inputs["ok"] >= 1
+    assert sum(found["report"]["skipped"].values()) == inputs["skipped"]
+    assert found["peak_kb"] + found["children_kb"] < 1_000_000
+
+
 # -- presets --------------------------------------------------------------------------------------------------------
 
 
 def test_every_preset_runs_or_says_which_path_to_set(workspace: Workspace) -> None:
     for name, preset in PRESETS.items():
         job = preset()
-        if isinstance(job.source, SyntheticSource):
+        if job.source.consent == "synthetic":  # made up, from no path
             continue
         with pytest.raises(CounterfakeError, match=r"source\.(licence|path)"):
             run(job, workspace)
@@ -505,6 +614,75 @@ def test_every_preset_runs_or_says_which_path_to_set(workspace: Workspace) -> No
         with pytest.raises(ConfigError, match=r"--set source\.path"):
             run(ready, workspace)
         assert name == name.lower()
+
+
+def test_presets_bear_the_names_of_the_formats(workspace: Workspace, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 20, 18), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    settings = {"source.path": str(tmp_path / "x.npz"), "source.licence": "MIT", "source.consent": "none"}
+    result = run(override(PRESETS["npz"](), {**settings, "source.fake": 0, "audit": False}), workspace)
+    assert (result["rows"], result["kind"]) == (40, "image")
+    for name, array in (("images-idx3", images), ("labels-idx1", np.arange(40, dtype=np.uint8) % 10)):
+        header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        for part in ("train", "t10k"):
+            content = header + (array if part == "train" else 255 - array).tobytes()
+            (tmp_path / f"{part}-{name}-ubyte").write_bytes(content)
+    result = run(
+        override(PRESETS["idx"](), {**settings, "source.path": str(tmp_path), "audit": False}), workspace
+    )
+    assert (result["splits"]["train"], result["splits"]["test"], result["kind"]) == (40, 40, "pixels")
+    assert PRESETS["synthetic"]() == PRESETS["synthetic-faces"]()
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`counterfake run ingest PRESET …` -> (exit status, standard output, standard error)."""
+    monkeypatch.setenv("COUNTERFAKE_HOME", str(tmp_path / "runs"))
+    for name in ("COUNTERFAKE_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        rights = ("--set", "source.licence=CC0-1.0", "--set", "source.consent=none")
+        monkeypatch.setattr(sys, "argv", ["counterfake", "run", "ingest", *words, *rights])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            shell.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def test_a_tree_with_spaces_and_other_alphabets_is_ingested_at_the_command(
+    command: Any, tmp_path: Path
+) -> None:
+    root = fill(tmp_path / "mes photos 写真", 8)
+    (root / "real" / "0.jpg").rename(root / "real" / "été à la plage (1).jpg")
+    (root / "fake" / "painter").rename(root / "fake" / "Художник № 1")
+    status, out, err = command("folder", "--set", f"source.path={root}", "--set", "into=mine", "--json")
+    assert (status, json.loads(out)["rows"]) == (0, 16), err
+    dataset = Dataset.open(Workspace.at(tmp_path / "runs").dataset("mine"))
+    rows = [s for split in dataset.version().splits for s in dataset.samples(None, split)]
+    assert "real/été à la plage (1).jpg" in {row.path for row in rows}
+    assert {row.maker for row in rows} == {"camera", "Художник № 1"}
+
+
+def test_a_folder_of_files_without_a_picture_is_one_line_at_the_command(command: Any, tmp_path: Path) -> None:
+    root = tmp_path / "texts"
+    root.mkdir()
+    for name in ("a.txt", "b.txt", ".DS_Store"):
+        (root / name).write_text("no picture")
+    for only_litter in (False, True):
+        if only_litter:
+            [path.unlink() for path in root.glob("*.txt")]
+        status, out, err = command("folder", "--set", f"source.path={root}", "--set", "source.fake=0")
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (status, out) == (2, "")
+        assert ("no samples to store" if only_litter else "2 of 2 files cannot be used") in line
+        assert "Traceback" not in err
+    assert not (tmp_path / "runs" / "datasets" / "pictures" / "versions").exists()
 
 
 def test_cifake_keeps_its_published_test_split(workspace: Workspace, shared_data: Path) -> None:

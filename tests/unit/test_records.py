@@ -422,6 +422,21 @@ def test_a_source_needs_licence_and_consent(uri: str) -> None:
             write(uri, samples(range(3)), sources={"made": facts})
 
 
+def test_an_append_never_changes_the_terms_of_rows_that_are_there(uri: str) -> None:
+    research = {"made": {"licence": "CC0-1.0", "consent": "research"}}
+    first = write(uri, samples(range(3)), sources=research)
+    for numbers in (range(3, 4), range(2)):  # one picture more, and none that is new
+        with pytest.raises(
+            DataError,
+            match=r"source 'made' is .*research.* in .*faces@1 but .*synthetic.* in the new samples; "
+            r"ingest one of them again under another source\.name",
+        ):
+            write(uri, samples(numbers), parent="append")
+    assert Dataset.open(uri).versions() == [1]
+    assert write(uri, samples(range(3, 4)), sources=research, parent=first).sources == research
+    assert write(uri, samples(range(9)), parent=None).sources == SOURCES  # nothing of the old version is kept
+
+
 def test_another_kind_cannot_be_appended(uri: str) -> None:
     write(uri, samples(range(3)))
     with pytest.raises(DataError, match="write them to a dataset of their own"):
@@ -443,11 +458,15 @@ def test_a_foreign_or_future_arrow_file_is_refused(uri: str, tmp_path: Path) -> 
         (b"junk", "not an Arrow IPC file"),
         (_foreign(), "did not write"),
         (_foreign(future), "has schema 99, this counterfake reads up to 1; update"),
+        *((_foreign({"counterfake": odd}), "did not write.*names no schema") for odd in ODD),
     ):
         shard = dataclasses.replace(version.shards("train")[0], sha256=hashlib.sha256(content).hexdigest())
         (tmp_path / "faces" / shard.key).write_bytes(content)
         with pytest.raises(DataError, match=message):
             Dataset.open(uri).reader(shard)
+
+
+ODD = ("", "junk", "{}", "[]", "null", '{"schema_version": null}', '{"schema_version": 1e999}', "[" * 100_000)
 
 
 def _foreign(metadata: dict[str, str] | None = None) -> bytes:
@@ -456,6 +475,33 @@ def _foreign(metadata: dict[str, str] | None = None) -> bytes:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def test_an_unusable_shard_is_named_with_the_version_and_split_it_is_read_for(
+    uri: str, tmp_path: Path
+) -> None:
+    write(uri, samples(range(3)), splits=TRAIN)
+    second = write(uri, samples(range(3, 5)), splits=TRAIN, parent="append")
+    shard = second.shards("train")[0]  # in both versions
+    (tmp_path / "faces" / shard.key).write_bytes(b"junk")
+    dataset = Dataset.open(uri)
+    for number in (1, 2):
+        named = rf"faces@{number} split train: .*faces/{shard.key} has SHA-256"
+        uses = (
+            lambda n=number: dataset.read(n, "train"),
+            lambda n=number: list(dataset.samples(n, "*")),
+            lambda n=number: dataset.reader(shard, version=dataset.version(n)),
+        )
+        for use in uses:
+            with pytest.raises(CorruptError, match=named):
+                use()
+    with pytest.raises(CorruptError, match=r"faces@2 split train: "):
+        dataset.reader(shard)
+    (tmp_path / "faces" / shard.key).unlink()
+    with pytest.raises(NotFoundError, match=r"faces@1 split train: .*does not exist"):
+        dataset.read(1, "train")
+    with pytest.raises(DataError, match=r"faces@2 split train: .*has no column 'nose'"):
+        dataset.reader(second.shards("train")[1], ["nose"])
 
 
 def test_one_changed_byte_is_found_in_a_shard_and_in_a_manifest(uri: str, tmp_path: Path) -> None:

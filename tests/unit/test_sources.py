@@ -25,7 +25,7 @@ import pytest
 from counterfake import config, media, sources
 from counterfake.errors import ConfigError, DataError, NotFoundError
 from counterfake.records import Sample, Skipped
-from counterfake.sources import SourceConfig
+from counterfake.sources import SourceConfig, listing
 from counterfake.sources.ciplab import CiplabSource
 from counterfake.sources.folder import FolderSource
 from counterfake.sources.idx import IdxSource
@@ -339,7 +339,8 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         os.truncate(file.fileno(), media.DEFAULT_LIMITS.image_bytes + 1)
     items = list(FolderSource(path=str(tmp_path)).samples())
     skipped = {item.path: item.reason for item in items if isinstance(item, Skipped)}
-    assert len(items) == 5
+    assert len(items) == 7
+    assert {skipped[".hidden/"], skipped["real/.e.jpg"]} == {listing.HIDDEN}
     assert skipped["elsewhere/c.jpg"] == "lies in no folder called real or fake"
     assert skipped["fake/link.jpg"] == "not a plain file"
     assert skipped["fake/big.jpg"].startswith("larger than")
@@ -388,6 +389,55 @@ def test_a_cut_archive_and_a_plain_file_are_named(tmp_path: Path) -> None:
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
     assert list(FolderSource(path=str(tmp_path)).samples()) == []
+
+
+def test_whatever_lies_in_a_folder_is_an_input_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path, "real/a.jpg", "real/.DS_Store", "real/thumbs.DB", "fake/desktop.ini", ".git/objects/1.jpg"
+    )
+    write(tmp_path, "fake/__MACOSX/._b.jpg", "locked/c.jpg", "fake/ünï cödé/b b.jpg")
+    (tmp_path / "fake" / "linked").symlink_to(tmp_path / "real", target_is_directory=True)
+    (tmp_path / "fake" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "fake" / "broken.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fake" / "pipe.jpg")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = FolderSource(path=str(tmp_path))
+    items = list(source.samples())
+    assert [item.path for item in items] == list(source.names())
+    assert {item.path for item in items if isinstance(item, Sample)} == {
+        "real/a.jpg",
+        "fake/ünï cödé/b b.jpg",
+    }
+    skipped = {item.path: item.reason for item in items if isinstance(item, Skipped)}
+    hidden = ["real/.DS_Store", "real/thumbs.DB", "fake/desktop.ini", ".git/", "fake/__MACOSX/"]
+    assert skipped == dict.fromkeys(hidden, listing.HIDDEN) | {
+        "fake/linked/": listing.LINKED, "fake/loop/": listing.LINKED,
+        "fake/broken.jpg": "not a plain file", "fake/pipe.jpg": "not a plain file",
+        "locked/": "a folder that cannot be read: Permission denied",
+    }  # fmt: skip
+
+
+def test_hidden_members_of_an_archive_are_set_aside_like_hidden_files(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", "real/a.jpg", "__MACOSX/real/._a.jpg", ".DS_Store")
+    names = ("real/a.jpg", "__MACOSX/real/._a.jpg", ".DS_Store")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        [packed.write(folder / name, name) for name in names]
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        [file.add(folder / name, f"./{name}") for name in names]
+    for archive in ("x.zip", "x.tar"):
+        source = FolderSource(path=str(tmp_path / archive))
+        picture, *rest = source.settled(list(source.names())).samples()
+        assert (picture.path, picture.fake) == ("real/a.jpg", 0)  # type: ignore[union-attr]
+        assert rest == [Skipped(name, listing.HIDDEN) for name in names[1:]]
 
 
 # -- idx ------------------------------------------------------------------------------------------------------------
@@ -589,6 +639,43 @@ def test_what_is_no_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
         list(ParquetSource(path=str(tmp_path / "empty")).samples())
     with pytest.raises(ConfigError, match=r"source\.labels"):
         ParquetSource(labels={"a": 2})
+
+
+def test_a_broken_file_beside_whole_ones_is_one_skip(tmp_path: Path) -> None:
+    whole = write_parquet(tmp_path / "a.parquet", [0, 1]).read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    write_parquet(tmp_path / "c.parquet", [])
+    write(tmp_path, "README.md", ".gitattributes", "a#7")
+    source = ParquetSource(path=str(tmp_path), fake=0)
+    assert source.divisible
+    items = list(source.samples())
+    assert [item.path for item in items] == list(source.names())
+    assert {item.path: item.reason for item in items if isinstance(item, Skipped)} == {
+        "b.parquet": sources.parquet.DAMAGED, "c.parquet": "holds no rows", "README.md": listing.BESIDE,
+        ".gitattributes": listing.HIDDEN, "a#7": listing.BESIDE,
+    }  # fmt: skip
+    assert [item.path for item in items if isinstance(item, Sample)] == ["a.parquet#0", "a.parquet#1"]
+
+
+def test_rows_behind_a_damaged_page_are_skipped_by_name(tmp_path: Path) -> None:
+    images = [np.random.default_rng(i).bytes(4000) for i in range(6)]
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        [0] * 6,
+        images=images,
+        row_group_size=2,
+        compression="zstd",
+        use_dictionary=False,
+    )
+    data = bytearray(path.read_bytes())
+    at = data.find(images[2][:64])  # noise is stored as it is
+    data[at - 40 : at + 4000] = b"\xff" * 4040
+    path.write_bytes(data)
+    items = list(ParquetSource(path=str(tmp_path), fake=0).samples())
+    assert [item.path for item in items] == [f"a.parquet#{row}" for row in range(6)]
+    kinds = [type(item) for item in items]
+    assert kinds == [Sample] * 2 + [Skipped] * 4
+    assert {item.reason for item in items if isinstance(item, Skipped)} == {sources.parquet.DAMAGED}
 
 
 def test_a_file_of_huge_row_groups_is_read_from_front_to_back(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -332,17 +336,52 @@ def test_readers_of_a_file_see_old_or_new_and_no_leftovers(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["state"]
 
 
+def refuse(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_a_file_system_without_hard_links_still_has_one_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
     monkeypatch.setattr(os, "link", refuse)
     store = open_store(tmp_path.as_uri())
-    assert store.put_if_absent("key", b"first")
-    assert not store.put_if_absent("key", b"second")
-    assert store.read("key") == b"first"
+    for number in range(20):
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(lambda n: store.put_if_absent(f"{number}", b"writer %d" % n), range(16)))  # noqa: B023
+        assert sum(won) == 1
+        assert store.read(f"{number}") == b"writer %d" % won.index(True)
+    assert sorted(os.listdir(tmp_path)) == sorted(str(number) for number in range(20))
+
+
+def test_a_writer_killed_on_a_file_system_without_hard_links_leaves_no_part_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from counterfake.storage import open_store\n"
+        "def refuse(*_): raise PermissionError(1, 'Operation not permitted')\n"
+        "os.link, os.replace = refuse, lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "open_store(sys.argv[1]).put_if_absent('key', b'killed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path.as_uri()], check=False)
+    assert done.returncode == -signal.SIGKILL
+    monkeypatch.setattr(os, "link", refuse)
+    store = open_store(tmp_path.as_uri())
+    assert store.list() == []
+    assert store.put_if_absent("key", b"next")
+    assert store.abort_stale_uploads(-60) == 1
+    assert store.read("key") == b"next"
+
+
+def test_a_file_system_with_neither_hard_links_nor_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = open_store(tmp_path.as_uri())
+    with pytest.raises(StorageError, match=r"neither hard links nor locks .*choose a folder on another one"):
+        store.put_if_absent("key", b"bytes")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_bucket_and_missing_credentials_say_what_to_do(s3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +518,25 @@ def test_every_call_ends_by_its_deadline(faulty, tmp_path: Path, operation: str)
     with pytest.raises(StorageTimeoutError, match=r"the deadline is 1 s: check that the endpoint is up"):
         calls[operation]()
     assert time.monotonic() - start < 1.0 + SLACK_SECONDS
+
+
+def test_bulk_reads_through_pyarrow_end_by_the_deadline(faulty, s3) -> None:
+    """Two attempts of a second each fit in 5 s; pyarrow's own setting is three attempts of 3 s."""
+    store, proxy = faulty(lambda *_: "black-hole", deadline_s=5.0)
+    filesystem, root = store.filesystem()
+    start = time.monotonic()
+    with pytest.raises(OSError, match="Timeout was reached"):
+        filesystem.get_file_info(f"{root}/key")
+    assert time.monotonic() - start < 5.0 + SLACK_SECONDS
+    assert proxy.count == 2
+
+
+def test_bulk_calls_have_as_many_attempts_as_fit_in_the_deadline() -> None:
+    assert (
+        storage._attempts(storage.DEADLINE_SECONDS, storage.STALL_SECONDS) == 5
+    )  # 80 s of stalls, 15 s of waits
+    assert storage._attempts(600.0, 1.0) == storage.ATTEMPTS
+    assert storage._attempts(1.0, 1.0) == 1
 
 
 def test_an_endpoint_where_nobody_listens_fails_soon(s3, free_port: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from counterfake import config, media, video
 from counterfake.errors import ConfigError, DataError
 from counterfake.faces import overlap
-from counterfake.sources import Sample, Skipped, SourceConfig
+from counterfake.sources import Sample, Skipped, SourceConfig, listing
 from counterfake.sources.celebdf import CelebdfSource
 from counterfake.sources.dfdc import DfdcSource
 from counterfake.sources.ffpp import FfppSource
@@ -51,15 +53,22 @@ def lay(root: Path, content: bytes, *names: str) -> Path:
 
 
 def rows(source: SourceConfig) -> dict[str, Sample]:
-    """The first row of each video; nothing may be skipped whole."""
+    """The first row of each video; nothing may be skipped whole but what is no video."""
     found = list(source.samples())
-    assert not [item for item in found if isinstance(item, Skipped) and item.whole], found
+    assert not whole(found), found
     samples = [item for item in found if isinstance(item, Sample)]
     return {sample.path: sample for sample in reversed(samples)}
 
 
 def whole(items: Sequence[Sample | Skipped]) -> list[tuple[str, str]]:
-    return [(item.path, item.reason) for item in items if isinstance(item, Skipped) and item.whole]
+    """(input, reason) of each that gave no row, and was not set aside."""
+    lost = (item for item in items if isinstance(item, Skipped) and item.whole)
+    return [(item.path, item.reason) for item in lost if not listing.is_aside(item.reason)]
+
+
+def aside(items: Sequence[Sample | Skipped]) -> dict[str, str]:
+    """{input: reason} of each that was set aside."""
+    return {i.path: i.reason for i in items if isinstance(i, Skipped) and listing.is_aside(i.reason)}
 
 
 # -- any folder ------------------------------------------------------------------------------------------------------
@@ -129,6 +138,39 @@ def test_every_file_is_accounted_for(clip: bytes, empty: bytes, tmp_path: Path) 
     assert (forged.maker, forged.split, forged.video) == ("swapper", "train", "video/train/fake/swapper/b")
 
 
+def test_pipes_broken_links_and_linked_folders_are_accounted_for(clip: bytes, tmp_path: Path) -> None:
+    lay(tmp_path / "in", clip, "real/a.mp4", "real/.b.mp4", ".hidden/c.mp4")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "in" / "real", target_is_directory=True)
+    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    source = VideoSource(path=str(tmp_path / "in"), cut=CUT)
+    found = list(source.samples())
+    assert whole(found) == [
+        ("gone.mp4", "cannot be read"), ("linked/", listing.LINKED), ("pipe.mp4", "unsupported"),
+    ]  # fmt: skip
+    assert aside(found) == {"real/.b.mp4": listing.HIDDEN, ".hidden/": listing.HIDDEN}
+    assert list(source.names()) == list(dict.fromkeys(item.path for item in found))
+
+
+def test_a_decoder_that_crashes_costs_its_own_video_alone(
+    clip: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(tmp_path, clip, "a.mp4")
+    crash = "import os; os.kill(os.getpid(), 11)"
+    monkeypatch.setattr("counterfake.video.isolated.CHILD", crash)
+    assert list(VideoSource(path=str(tmp_path), cut=CUT).samples()) == [Skipped("a.mp4", "undecodable")]
+
+
+def test_a_process_of_its_own_changes_no_row(clip: bytes, tmp_path: Path) -> None:
+    lay(tmp_path, clip, "a.mp4")
+    own, here = (
+        list(VideoSource(path=str(tmp_path), cut=dataclasses.replace(CUT, isolated=isolated)).samples())
+        for isolated in (True, False)
+    )
+    assert own == here
+    assert len(own) == 4
+
+
 def test_a_frame_without_the_face_is_a_part_that_gave_no_row(tmp_path: Path) -> None:
     made = portrait(5, PERSON, 0, 128).pixels
     video.write(tmp_path / "a.mp4", [made] * 6 + [np.full_like(made, 120)] * 4, crf=5)
@@ -167,6 +209,8 @@ def test_one_file_is_a_source_too(clip: bytes, tmp_path: Path) -> None:
 def test_settings_are_checked_and_travel(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="frames >= 1"):
         FaceCut(frames=0)
+    with pytest.raises(ConfigError, match="memory_bytes >= 100,000,000"):
+        FaceCut(memory_bytes=1)
     source = config.override(VideoSource(path=str(tmp_path)), {"cut.frames": 16, "cut.method": "yunet"})
     assert config.from_dict(SourceConfig, config.to_dict(source)) == source  # type: ignore[type-abstract]
     with pytest.raises(ConfigError, match="yunet needs a model file"):
@@ -220,10 +264,18 @@ def test_ffpp_knows_both_people_of_a_forgery(ffpp: Path) -> None:
 
 
 def test_ffpp_can_be_read_in_part(ffpp: Path) -> None:
-    names = list(FfppSource(path=str(ffpp), compression="", methods=("Face2Face",)).names())
+    found = list(FfppSource(path=str(ffpp), cut=CUT, compression="", methods=("Face2Face",)).samples())
+    names = list(dict.fromkeys(item.path for item in found if isinstance(item, Sample)))
     assert [name.split("/")[1:3] for name in names] == [
         ["actors", "c23"], ["youtube", "c23"], ["youtube", "c23"], ["youtube", "c40"], ["Face2Face", "c23"],
     ]  # fmt: skip
+    assert aside(found) == {
+        "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__hugging_happy__YVGY8LOK.mp4": listing.UNWANTED,
+        "manipulated_sequences/Deepfakes/c23/videos/519_515.mp4": listing.UNWANTED,
+        "manipulated_sequences/Deepfakes/masks/videos/519_515.mp4": listing.BESIDE,
+        "splits/train.json": listing.BESIDE, "splits/val.json": listing.BESIDE,
+    }  # fmt: skip
+    assert {item.path for item in found} == set(listing.listed(ffpp))
     (one,) = {item.path for item in FfppSource(path=str(ffpp), cut=CUT).read(names[-1:])}
     assert one == names[-1]
     free = rows(FfppSource(path=str(ffpp), cut=CUT, official_split=False))
@@ -236,9 +288,10 @@ def test_ffpp_names_what_it_cannot_place(ffpp: Path, clip: bytes) -> None:
         clip,
         "manipulated_sequences/Deepfakes/c23/videos/519.mp4",
         "original_sequences/youtube/c23/videos/x.mp4",
+        "elsewhere.mp4",
     )
     found = whole(list(FfppSource(path=str(ffpp), cut=CUT).samples()))
-    assert [path.split("/")[-1] for path, _ in found] == ["x.mp4", "519.mp4"]
+    assert [path.split("/")[-1] for path, _ in found] == ["x.mp4", "519.mp4", "elsewhere.mp4"]
     lay(ffpp, b"{broken", "splits/test.json")
     with pytest.raises(DataError, match=r"test\.json is no list"):
         list(FfppSource(path=str(ffpp), cut=CUT).samples())
@@ -273,8 +326,14 @@ def test_celebdf_knows_both_people_and_the_test_list(clip: bytes, tmp_path: Path
     assert (forged.maker, forged.attributes["donor"]) == ("Celeb-synthesis", "celebdf/id1")
     assert forged.attributes["also"] == ["identity:celebdf/id1"]
     lay(tmp_path, clip, "Celeb-real/someone.mp4")
-    ((path, _),) = whole(list(CelebdfSource(path=str(tmp_path), cut=CUT).samples()))
-    assert path == "Celeb-real/someone.mp4"
+    lay(tmp_path, b"", ".DS_Store", "Celeb-real/notes.txt", "Else/id0_0000.mp4")
+    items = list(CelebdfSource(path=str(tmp_path), cut=CUT).samples())
+    assert [path for path, _ in whole(items)] == ["Celeb-real/someone.mp4", "Else/id0_0000.mp4"]
+    assert aside(items) == {
+        "List_of_testing_videos.txt": listing.BESIDE, "Celeb-real/notes.txt": listing.BESIDE,
+        ".DS_Store": listing.HIDDEN,
+    }  # fmt: skip
+    assert {item.path for item in items} == set(listing.listed(tmp_path))
 
 
 # -- DFDC ------------------------------------------------------------------------------------------------------------
@@ -304,6 +363,7 @@ def test_dfdc_ties_a_forgery_to_its_original(clip: bytes, tmp_path: Path) -> Non
         ("dfdc_train_part_0/gone.mp4", "is in metadata.json but not there"),
         ("dfdc_train_part_1/extra.mp4", "is not in metadata.json"),
     ]
+    assert aside(found) == {"dfdc_train_part_0/metadata.json": listing.BESIDE}
     assert list(source.names()) == sorted({item.path for item in found})
 
 

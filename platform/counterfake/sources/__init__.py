@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, Self
 from counterfake.config import Family
 from counterfake.errors import ConfigError, NotFoundError
 from counterfake.samples import Sample, Skipped
+from counterfake.sources.listing import listed
 
 __all__ = ["Consent", "Sample", "Skipped", "SourceConfig", "unique"]
 
@@ -67,7 +68,10 @@ class SourceConfig(Family, abc.ABC):
         """Digest of the names, sizes and times of the files: another one where an input may have changed."""
         found = hashlib.sha256()
         for file in _files(Path(self.path).expanduser()) if self.path else ():
-            status = os.lstat(file)
+            try:
+                status = os.lstat(file)
+            except OSError:  # gone since it was listed
+                continue
             found.update(f"{os.fsencode(file)!r} {status.st_size} {status.st_mtime_ns}\n".encode())
         return found.hexdigest()
 
@@ -100,13 +104,11 @@ def unique(names: Iterable[str]) -> Iterator[str]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or every file below the folder, in one order."""
-    if not path.is_dir():
+    """The file itself, or all that `listed` finds below the folder, in one order."""
+    if path.is_dir():
+        yield from (path / name for name in listed(path))
+    else:
         yield path
-        return
-    for root, folders, files in os.walk(path):
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(files))
 
 
 for _module in pkgutil.iter_modules(__path__):

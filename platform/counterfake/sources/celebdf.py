@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from counterfake.sources import Sample, Skipped, SourceConfig
-from counterfake.sources.video import PART, SUFFIXES, FaceCut, below, facts, tree
+from counterfake.sources.listing import BESIDE
+from counterfake.sources.video import PART, FaceCut, facts, in_order, is_video, read_videos, tree
 
 FOLDERS = ("Celeb-real", "YouTube-real", "Celeb-synthesis")
 TEST_LIST = "List_of_testing_videos.txt"
@@ -39,19 +40,21 @@ class CelebdfSource(SourceConfig):
     part_inputs: ClassVar[int] = PART
 
     def names(self) -> Iterator[str]:
-        root = tree(self, *FOLDERS)
-        for folder in FOLDERS:
-            yield from below(root, folder, SUFFIXES)
+        """Originals first, then the forgeries, then what is neither."""
+        yield from in_order(tree(self, *FOLDERS), *FOLDERS)
 
     def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
-        root, detector = self.located(), self.cut.detector()
+        root = self.located()
         tested = _tested(root) if self.official_split else set()
-        for name in names:
-            known = self._facts(name, "test" if name in tested else None)
-            yield from [known] if isinstance(known, Skipped) else self.cut.rows(root / name, known, detector)
+        yield from read_videos(
+            root, names, self.cut, lambda name: self._facts(name, "test" if name in tested else None)
+        )
 
     def _facts(self, name: str, split: str | None) -> Sample | Skipped:
-        match = NAMES[name.split("/")[0]].fullmatch(Path(name).stem)
+        if not is_video(name):
+            return Skipped(name, BESIDE)
+        pattern = NAMES.get(name.split("/")[0])
+        match = pattern.fullmatch(Path(name).stem) if pattern else None
         if match is None:
             return Skipped(name, "is not named as Celeb-DF names videos")
         people = {role: f"celebdf/{person}" for role, person in match.groupdict().items()}

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from counterfake.errors import DataError
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import SPLITS
-from counterfake.sources.video import PART, SUFFIXES, FaceCut, below, facts, video_key
+from counterfake.sources.listing import BESIDE, is_litter, listed
+from counterfake.sources.video import PART, FaceCut, facts, is_video, read_videos, video_key
 
 LABELS = {"REAL": 0, "FAKE": 1}
 
@@ -32,25 +33,25 @@ class DfdcSource(SourceConfig):
     part_inputs: ClassVar[int] = PART
 
     def names(self) -> Iterator[str]:
-        """Every video that is there or named in a metadata.json, by folder."""
+        """Every file that is there, and every video named in a metadata.json, by folder."""
         root = self.located()
-        yield from sorted({*below(root, "", SUFFIXES), *_entries(root)})
+        yield from sorted({*listed(root), *_entries(root)})
 
     def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
-        root, detector = self.located(), self.cut.detector()
+        root = self.located()
         entries = _entries(root)
         several = (
             len({entry.get("split") for entry in entries.values()}) > 1
         )  # the public parts say only "train"
-        for name in names:
-            known = self._facts(root, name, entries.get(name), several)
-            yield from [known] if isinstance(known, Skipped) else self.cut.rows(root / name, known, detector)
+        yield from read_videos(
+            root, names, self.cut, lambda name: self._facts(root, name, entries.get(name), several)
+        )
 
     def _facts(
         self, root: Path, name: str, entry: Mapping[str, Any] | None, several: bool
     ) -> Sample | Skipped:
         if entry is None:
-            return Skipped(name, "is not in metadata.json")
+            return Skipped(name, "is not in metadata.json" if is_video(name) else BESIDE)
         if not (root / name).is_file():
             return Skipped(name, "is in metadata.json but not there")
         fake = LABELS.get(str(entry.get("label")).upper())
@@ -71,7 +72,9 @@ class DfdcSource(SourceConfig):
 def _entries(root: Path) -> dict[str, dict[str, Any]]:
     """{video name relative to root: its entry} of every metadata.json. DataError if there is none."""
     entries: dict[str, dict[str, Any]] = {}
-    files = sorted(root.rglob("metadata.json"))
+    files = [
+        root / name for name in listed(root) if not is_litter(name) and Path(name).name == "metadata.json"
+    ]
     if not files:
         raise DataError(f"{root} holds no metadata.json; set source.path to the folder of dfdc_train_part_*")
     for file in files:

@@ -20,8 +20,10 @@ from typing import ClassVar, Literal
 from counterfake.errors import DataError
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import SPLITS
-from counterfake.sources.video import PART, SUFFIXES, FaceCut, below, facts, tree
+from counterfake.sources.listing import BESIDE, UNWANTED
+from counterfake.sources.video import PART, FaceCut, facts, in_order, is_video, read_videos, tree
 
+FOLDERS = ("original_sequences", "manipulated_sequences")
 # 004.mp4, 519_515.mp4; of the actors: 01__scene.mp4, 01_02__scene__8CHARS.mp4
 NAME = re.compile(r"(?P<target>\d+)(_(?P<donor>\d+))?(__.*)?")
 
@@ -40,31 +42,26 @@ class FfppSource(SourceConfig):
     part_inputs: ClassVar[int] = PART
 
     def names(self) -> Iterator[str]:
-        """Originals first, then the forgeries of each method."""
-        root = tree(self, "original_sequences", "manipulated_sequences")
-        for top in ("original_sequences", "manipulated_sequences"):
-            yield from (name for name in below(root, top, SUFFIXES) if self._wanted(name.split("/")))
+        """Originals first, then the forgeries of each method, then what is neither."""
+        yield from in_order(tree(self, *FOLDERS), *FOLDERS)
 
     def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
-        root, detector = self.located(), self.cut.detector()
+        root = self.located()
         splits = _splits(root) if self.official_split else {}
-        for name in names:
-            known = self._facts(name, splits)
-            yield from [known] if isinstance(known, Skipped) else self.cut.rows(root / name, known, detector)
-
-    def _wanted(self, parts: Sequence[str]) -> bool:
-        """original_sequences/youtube/c23/videos/004.mp4: folders of masks and other qualities are no inputs."""
-        if len(parts) != 5 or parts[3] != "videos":
-            return False
-        forged = parts[0] == "manipulated_sequences"
-        return self.compression in ("", parts[2]) and not (
-            forged and self.methods and parts[1] not in self.methods
-        )
+        yield from read_videos(root, names, self.cut, lambda name: self._facts(name, splits))
 
     def _facts(self, name: str, splits: dict[str, str]) -> Sample | Skipped:
-        top, method, *_ = name.split("/")
+        parts = name.split("/")
+        top, method = parts[0], parts[1] if len(parts) > 1 else ""
+        if not is_video(name) or (top in FOLDERS and "masks" in parts[2:3]):
+            return Skipped(name, BESIDE)
+        if top not in FOLDERS or len(parts) != 5 or parts[3] != "videos":
+            return Skipped(name, "does not lie where FaceForensics++ keeps videos")
+        forged = top == "manipulated_sequences"
+        if self.compression not in ("", parts[2]) or (forged and self.methods and method not in self.methods):
+            return Skipped(name, UNWANTED)
         match = NAME.fullmatch(Path(name).stem)
-        if match is None or (match["donor"] is not None) != (top == "manipulated_sequences"):
+        if match is None or (match["donor"] is not None) != forged:
             return Skipped(name, "is not named as FaceForensics++ names videos")
         people = "ffpp/actor-" if method in ("actors", "DeepFakeDetection") else "ffpp/"
         split = splits.get(match["target"]) if people == "ffpp/" else None

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import lzma
-import os
 import stat
 import tarfile
 import zipfile
@@ -24,6 +23,7 @@ from typing import Literal, Self
 from counterfake.errors import ConfigError, DataError
 from counterfake.media import DEFAULT_LIMITS
 from counterfake.sources import Sample, Skipped, SourceConfig, unique
+from counterfake.sources.listing import HIDDEN, is_litter, listed, refusal
 
 Layout = Literal["auto", "labels", "identities", "flat"]
 REAL = ("real", "original", "originals", "genuine", "authentic", "0_real", "training_real")
@@ -64,7 +64,7 @@ class FolderSource(SourceConfig):
         return dataclasses.replace(self, layout=self._layout(names)) if self.layout == "auto" else self
 
     def _layout(self, names: Sequence[str]) -> Layout:
-        folders = [_without_split(name)[:-1] for name in names]
+        folders = [_without_split(name)[:-1] for name in names if not is_litter(name)]
         if any(part.lower() in REAL + FAKE for parts in folders for part in parts[:1]):
             return "labels"
         return "identities" if folders and all(folders) and len({f[0] for f in folders}) > 1 else "flat"
@@ -94,9 +94,10 @@ class FolderSource(SourceConfig):
 
 
 def archive_names(path: Path) -> Iterator[str]:
-    """The name of every file of a folder or archive; a file's second of the same name ends in #2. Reads no content."""
+    """The name of every file of a folder or archive, hidden ones too; a file's second of the same name ends in #2. Reads no
+    content. A folder that is not entered is a name as well (see `listed`)."""
     if path.is_dir():
-        yield from (file.relative_to(path).as_posix() for file in _files(path))
+        yield from listed(path)
     elif zipfile.is_zipfile(path):
         with _open_zip(path) as archive:
             yield from unique(info.filename for info in archive.infolist() if not info.is_dir())
@@ -110,7 +111,7 @@ def archive_names(path: Path) -> Iterator[str]:
 def read_files(path: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes | str]]:
     """(name, bytes) of these files of a folder or archive; (name, reason) for one that is not read."""
     if path.is_dir():
-        yield from ((name, _read_file(path / name)) for name in names)
+        yield from ((name, refusal(path, name) or _read_file(path / name)) for name in names)
     elif zipfile.is_zipfile(path):
         yield from _read_zip(path, names)
     else:
@@ -134,19 +135,6 @@ def _without_split(name: str) -> list[str]:
     return parts[1:] if len(parts) > 1 and parts[0].lower() in SPLITS else parts
 
 
-def _files(folder: Path) -> list[Path]:
-    """Everything below a folder that is not hidden, sorted; links to folders are not followed."""
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(root) / name
-            for name in files
-            if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")
-        ]
-    return sorted(found)
-
-
 def _read_file(file: Path) -> bytes | str:
     """The file's bytes, or why it is not read. Never waits: a pipe or device is no plain file."""
     try:
@@ -168,7 +156,7 @@ def _read_tar(path: Path, wanted: Set[str]) -> Iterator[tuple[str, bytes | str]]
         named, counted = itertools.tee(members)
         for info, name in zip(named, unique(_tar_name(info) for info in counted), strict=True):
             if name in wanted:
-                yield name, _read_member(archive, info)
+                yield name, HIDDEN if is_litter(name) else _read_member(archive, info)
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | str:
@@ -195,7 +183,8 @@ def _read_zip(path: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes | s
     with _open_zip(path) as archive:
         files = [info for info in archive.infolist() if not info.is_dir()]
         found = dict(zip(unique(info.filename for info in files), files, strict=True))
-        yield from ((name, _unzipped(archive, found[name])) for name in names)
+        for name in names:
+            yield name, HIDDEN if is_litter(name) else _unzipped(archive, found[name])
 
 
 def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | str:

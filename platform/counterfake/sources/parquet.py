@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from counterfake.errors import ConfigError, DataError
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import FAKE, LIMIT, REAL, SPLITS
+from counterfake.sources.listing import BESIDE, listed, refusal
 
+DAMAGED = "no readable parquet file, or a damaged part of one: fetch it again"
 BATCH_ROWS = 16  # pictures of a file that are in memory at once
 GROUP_ROWS = (
     4096  # a file with larger row groups is read from front to back: reading a few rows unpacks the group
@@ -29,7 +31,9 @@ GROUP_ROWS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParquetSource(SourceConfig):
-    """Every .parquet file below a folder, or one file. Inputs are rows: data/train-00000-of-00001.parquet#17."""
+    """Every .parquet file below a folder, or one file. Inputs are rows: data/train-00000-of-00001.parquet#17.
+
+    Every other file of the folder, and a .parquet file that cannot be opened, is one input that is skipped."""
 
     image_column: str = "image"
     label_column: str = ""  # says whether a picture is fake; "" = the setting `fake` does
@@ -48,26 +52,40 @@ class ParquetSource(SourceConfig):
 
     def names(self) -> Iterator[str]:
         root = self.located()
-        for file in _files(root):
-            with _opened(file) as opened:
-                yield from (f"{_name(root, file)}#{row}" for row in range(opened.metadata.num_rows))
+        if root.is_file():
+            yield from _numbered(root.name, _count(root))
+            return
+        for name in _listed(root):
+            yield from _numbered(name, _rows_in(root, name)) or [name]
 
     def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
         root = self.located()
-        for name, chosen in itertools.groupby(names, lambda name: name.rpartition("#")[0]):
-            rows = [int(one.rpartition("#")[2]) for one in chosen]
-            with _opened(root if root.is_file() else root / name) as file:
-                yield from self._rows(file, name, rows)
+        for name, chosen in itertools.groupby(names, _file_of):
+            file = root if root.is_file() else root / name
+            wanted = list(chosen)
+            if wanted == [name]:
+                yield Skipped(name, _complaint(root, name))
+            else:
+                yield from self._rows(file, name, [int(one.rpartition("#")[2]) for one in wanted])
 
     @property
     def divisible(self) -> bool:
-        return all(_largest_group(file) <= GROUP_ROWS for file in _files(self.located()))
+        root = self.located()
+        names = [""] if root.is_file() else [name for name in _listed(root) if _is_table(root, name)]
+        return all(_largest_group(root / name) <= GROUP_ROWS for name in names)
 
-    def _rows(self, file: pq.ParquetFile, name: str, rows: Sequence[int]) -> Iterator[Sample | Skipped]:
-        columns = self._columns(file, name)
-        classes = _class_names(file.schema_arrow, self.label_column)
-        for number, row in _chosen(file, rows, columns):
-            yield self._sample(f"{name}#{number}", row, classes)
+    def _rows(self, path: Path, name: str, rows: Sequence[int]) -> Iterator[Sample | Skipped]:
+        """These rows of a file; from a damaged page on they are skipped."""
+        done = 0
+        try:
+            with _opened(path) as file:
+                columns = self._columns(file, name)
+                classes = _class_names(file.schema_arrow, self.label_column)
+                for number, row in _chosen(file, rows, columns):
+                    done += 1
+                    yield self._sample(f"{name}#{number}", row, classes)
+        except _Unreadable:
+            yield from (Skipped(f"{name}#{number}", DAMAGED) for number in rows[done:])
 
     def _columns(self, file: pq.ParquetFile, name: str) -> list[str]:
         settings = ("image_column", "label_column", "maker_column", "identity_column", "class_column")
@@ -124,17 +142,48 @@ class ParquetSource(SourceConfig):
 # -- private --------------------------------------------------------------------------------------------------------
 
 
-def _files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    found = sorted(root.rglob("*.parquet"))
-    if not found:
+class _Unreadable(DataError):
+    """The file, or a page of it, is no parquet."""
+
+
+def _listed(root: Path) -> list[str]:
+    """What lies below the folder. DataError if no .parquet file does."""
+    found = listed(root)
+    if not any(_is_table(root, name) for name in found):
         raise DataError(f"{root} holds no .parquet file; set source.path to the folder that does")
     return found
 
 
-def _name(root: Path, file: Path) -> str:
-    return file.name if root.is_file() else file.relative_to(root).as_posix()
+def _is_table(root: Path, name: str) -> bool:
+    return name.endswith(".parquet") and refusal(root, name) is None
+
+
+def _rows_in(root: Path, name: str) -> int:
+    """Rows of a file below the folder; 0 if it is no table, or cannot be opened."""
+    try:
+        return _count(root / name) if _is_table(root, name) else 0
+    except _Unreadable:
+        return 0
+
+
+def _numbered(name: str, rows: int) -> list[str]:
+    return [f"{name}#{row}" for row in range(rows)]
+
+
+def _file_of(name: str) -> str:
+    """data/a.parquet#17 -> data/a.parquet; a name without a number is a file that was not opened."""
+    file, _, number = name.rpartition("#")
+    return file if file.endswith(".parquet") and number.isdigit() else name
+
+
+def _complaint(root: Path, name: str) -> str:
+    """Why none of the file's rows is an input."""
+    if not _is_table(root, name):
+        return refusal(root, name) or BESIDE
+    try:
+        return DAMAGED if _count(root / name) else "holds no rows"
+    except _Unreadable:
+        return DAMAGED
 
 
 @contextlib.contextmanager
@@ -144,13 +193,22 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
             yield opened
     except (pa.ArrowException, OSError) as error:
         text = str(error).splitlines()[0][:120]
-        raise DataError(f"{file} is no readable parquet file: {text}; fetch it again") from error
+        raise _Unreadable(f"{file} is no readable parquet file: {text}; fetch it again") from error
+
+
+def _count(file: Path) -> int:
+    with _opened(file) as opened:
+        return int(opened.metadata.num_rows)
 
 
 def _largest_group(file: Path) -> int:
-    with _opened(file) as opened:
-        facts = opened.metadata
-        return max((facts.row_group(i).num_rows for i in range(facts.num_row_groups)), default=0)
+    """Rows; 0 for a file that cannot be opened."""
+    try:
+        with _opened(file) as opened:
+            facts = opened.metadata
+            return max((facts.row_group(i).num_rows for i in range(facts.num_row_groups)), default=0)
+    except _Unreadable:
+        return 0
 
 
 def _chosen(

@@ -9,7 +9,7 @@ real/…  fake/MAKER/…      label by folder, as for pictures; under train/, va
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +18,11 @@ from counterfake.errors import ConfigError, DataError, MediaError, NotFoundError
 from counterfake.faces import MARGIN, FaceDetector, Method, Sight, Track
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import FAKE, REAL, SPLITS
+from counterfake.sources.listing import is_litter, listed, refusal
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 PART = 8  # videos that an ingest reads at a time: some seconds of work
+LEAST_MEMORY = 100_000_000  # with less not even a small video decodes
 HELD_BYTES = 256_000_000  # of decoded frames kept while the face is followed; longer videos are decoded twice
 
 
@@ -39,12 +41,20 @@ class FaceCut:
     tracks: int = (
         1  # most prominent faces of a video; 0 = all. A forged video has one forged face: mind the labels
     )
+    isolated: bool = True  # decode each video in a process of its own, which libav may crash: 0.2-0.4 s each
+    deadline_seconds: float = 900.0  # of decoding for one video; beyond it the video is skipped as too_slow
+    memory_bytes: int = 800_000_000  # for one video, held by the kernel; isolated decoding only
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.every < 0 or not 0 <= self.quality <= 100 or self.margin <= 0:
             raise ConfigError(
                 f"a cut needs frames >= 1, every >= 0, quality 0-100 and margin > 0; got {self.frames}, {self.every}, "
                 f"{self.quality}, {self.margin:g}"
+            )
+        if self.deadline_seconds <= 0 or self.memory_bytes < LEAST_MEMORY:
+            raise ConfigError(
+                f"a cut needs deadline_seconds > 0 and memory_bytes >= {LEAST_MEMORY:,}; got {self.deadline_seconds:g}, "
+                f"{self.memory_bytes:,}"
             )
 
     def detector(self) -> FaceDetector:
@@ -87,9 +97,12 @@ class FaceCut:
 
     def frames_of(self, file: Path) -> video.Frames:
         """The frames that become rows. Raises MediaError, NotFoundError."""
+        limits = dataclasses.replace(
+            video.LOCAL, deadline_seconds=self.deadline_seconds, memory_bytes=self.memory_bytes
+        )
         if self.every:
-            return video.frames(file, every=self.every, limits=video.LOCAL)
-        return video.frames(file, count=self.frames, limits=video.LOCAL)
+            return video.frames(file, every=self.every, limits=limits, isolated=self.isolated)
+        return video.frames(file, count=self.frames, limits=limits, isolated=self.isolated)
 
     def _fits(self, info: video.Info) -> bool:
         count = -(-info.frames // self.every) if self.every else min(self.frames, info.frames)
@@ -108,13 +121,11 @@ class VideoSource(SourceConfig):
     part_inputs: ClassVar[int] = PART
 
     def names(self) -> Iterator[str]:
-        yield from below(self.located())
+        root = self.located()
+        yield from [root.name] if root.is_file() else listed(root)
 
     def read(self, names: Sequence[str]) -> Iterator[Sample | Skipped]:
-        root, detector = self.located(), self.cut.detector()
-        for name in names:
-            file = root if root.is_file() else root / name
-            yield from self.cut.rows(file, self._facts(name), detector)
+        yield from read_videos(self.located(), names, self.cut, self._facts)
 
     def _facts(self, name: str) -> Sample:
         split, folders = _below_split(name)
@@ -142,13 +153,34 @@ def video_key(source: SourceConfig, name: str) -> str:
     return f"{source.label}/{Path(name).with_suffix('').as_posix()}"
 
 
-def below(root: Path, folder: str = "", suffixes: Sequence[str] = ()) -> list[str]:
-    """Files under root/folder that are not hidden, as names relative to `root`, sorted; of these suffixes, if any."""
+def read_videos(
+    root: Path, names: Sequence[str], cut: FaceCut, known: Callable[[str], Sample | Skipped]
+) -> Iterator[Sample | Skipped]:
+    """The rows of these inputs of `listed(root)`, or of the one file `root`; known(name) -> its `facts`, or why it is none."""
+    detector = cut.detector()
+    for name in names:
+        reason = None if root.is_file() else refusal(root, name)
+        found = Skipped(name, reason) if reason else known(name)
+        file = root if root.is_file() else root / name
+        yield from [found] if isinstance(found, Skipped) else cut.rows(file, found, detector)
+
+
+def below(root: Path) -> list[str]:
+    """Files under a folder that are not hidden, as names relative to it, sorted; of a file its name."""
     if root.is_file():
         return [root.name]
-    found = (path.relative_to(root) for path in (root / folder).rglob("*") if path.is_file())
-    kept = (path for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted(path.as_posix() for path in kept if not suffixes or path.suffix.lower() in suffixes)
+    return [name for name in listed(root) if not is_litter(name) and (root / name).is_file()]
+
+
+def in_order(root: Path, *folders: str) -> list[str]:
+    """All that `listed` finds, what lies in the first of these folders first, what lies in none of them last."""
+    ranks = {folder: rank for rank, folder in enumerate(folders)}
+    return sorted(listed(root), key=lambda name: ranks.get(name.split("/")[0], len(ranks)))
+
+
+def is_video(name: str) -> bool:
+    """By its suffix: data sets with a layout of their own hold lists and masks beside their videos."""
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 def tree(source: SourceConfig, *expected: str) -> Path:
@@ -198,7 +230,7 @@ class _Making:
     def _attributes(self, track: int, sight: Sight, size: tuple[int, int]) -> dict[str, Any]:
         box = [round(value, 2) for value in sight.face.box]
         known: dict[str, Any] = {"track": track, "box_in_frame": box, "frame_size": list(size)}
-        return known if sight.found else known | {"interpolated": True}
+        return known | ({"face_score": sight.face.score} if sight.found else {"interpolated": True})
 
     def _encoded(self, pixels: media.Pixels) -> bytes:
         return (

@@ -333,11 +333,7 @@ def translated() -> Iterator[None]:
 
 def demuxer(file: BinaryIO, limits: VideoLimits, clock: Clock) -> tuple[Any, str]:
     """(open container, what it is by its first bytes)."""
-    file.seek(0)
-    kind = media.sniff(file.read(64))
-    if kind not in DEMUXERS:
-        raise MediaError("unsupported", f"the file is {kind}; videos may be MP4, MOV, WebM or Matroska")
-    file.seek(0)
+    kind = kind_of(file)
     options = {  # for the demuxer and for the decoders that it tries while it looks at the streams
         "max_pixels": str(limits.side**2), "threads": "1", "max_streams": "32", "protocol_whitelist": "none",
     }  # fmt: skip
@@ -349,6 +345,16 @@ def demuxer(file: BinaryIO, limits: VideoLimits, clock: Clock) -> tuple[Any, str
         metadata_errors="replace",
     )
     return container, kind
+
+
+def kind_of(file: BinaryIO) -> str:
+    """A key of DEMUXERS, by the file's first bytes; the file is at its start afterwards. MediaError for anything else."""
+    file.seek(0)
+    kind = media.sniff(file.read(64))
+    if kind not in DEMUXERS:
+        raise MediaError("unsupported", f"the file is {kind}; videos may be MP4, MOV, WebM or Matroska")
+    file.seek(0)
+    return kind
 
 
 def stamp_of(packet: Any) -> int | None:

@@ -36,6 +36,7 @@ from counterfake.video.clip import (
     Pixels,
     Source,
     VideoLimits,
+    kind_of,
     opened,
     spread,
 )
@@ -51,6 +52,7 @@ def frames(source: Source, count: int | None, every: int | None, limits: VideoLi
     clock = Clock(limits.deadline_seconds)
     with clock, contextlib.ExitStack() as stack:
         file = stack.enter_context(opened(source, limits))
+        kind_of(file)  # what is no video at all is not worth a process
         process = _start(file, {"count": count, "every": every, "limits": dataclasses.asdict(limits)})
         damaged = Count()
         made = _received(process, clock, damaged)
