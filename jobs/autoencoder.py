@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from counterfake import arrays, bundle, config, images, media
+from counterfake import arrays, bundle, config, images, media, provenance
 from counterfake.bundle import Bundle
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
@@ -122,8 +122,9 @@ def run(job: AutoencoderJob, workspace: Workspace, *, console: Console | None = 
         log.metrics({k: v for k, v in config.flatten(figures).items() if isinstance(v, int | float)}, 0)
         log.json("figures.json", result)
         if picture is not None:
-            log.picture(job.use, picture)
-            write_atomic(folder / f"{job.use}.png", media.encode(picture, "png"))
+            sheet = _marked(found, picture)
+            log.picture(job.use, sheet)
+            write_atomic(folder / f"{job.use}.png", sheet)
     write_atomic(folder / "figures.json", json.dumps(result, indent=2).encode())
     return {**result, "folder": str(folder), "run_id": log.id}
 
@@ -261,6 +262,15 @@ def _data(job: AutoencoderJob, found: Bundle, workspace: Workspace) -> tuple[Dat
     read = config.from_dict(Preprocess, found.info["preprocess"])
     data = dataclasses.replace(job.data, uri=uri, preprocess=read, batch_size=500)
     return data, dataclasses.replace(data, split="train", where={})
+
+
+def _marked(found: Bundle, picture: NDArray[np.uint8]) -> bytes:
+    """As PNG that says that a part of what it shows is generated."""
+    return provenance.mark(
+        media.encode(picture, "png"),
+        maker=f"{found.name}@{found.digest[:8]}",
+        source_type="compositeWithTrainedAlgorithmicMedia",
+    )
 
 
 def _need_classes(*parts: arrays.Pictures) -> None:

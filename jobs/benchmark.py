@@ -3,8 +3,12 @@
     counterfake run benchmark loader --json      batches from 20,000 JPEG pictures, against packaged loaders; 2 cores: 5 min
     counterfake run benchmark storage --json     the same batches from S3 over HTTP, cold and cached; 3 min
     counterfake run benchmark gan --json         the article's DCGAN step, against plain torch and TensorFlow; 4 min
+    counterfake run benchmark gan-dense --json   the dense GAN's step, against plain torch, tf.function and train_on_batch; 2 min
     counterfake run benchmark autoencoder --json   the autoencoder of the article at batch 32, against plain torch and Keras fit
     counterfake run benchmark swap --json        the face swap of 2017, against its step in plain torch; 5 min
+    counterfake run benchmark training --json    the DCGAN on one and on two Ray Train workers, against its bare steps; 20 min
+    counterfake run benchmark detector --json    MobileNetV2 on a Ray Train worker from JPEG pictures, against its bare steps; 10 min
+    counterfake run benchmark gan --gpu          steps as CUDA graphs in bf16, share of the GPU's limits; also swap, detector
     counterfake run benchmark serving --json     MobileNetV2 in a bundle, against eager torch, ONNX Runtime, OpenVINO; 2 min
     counterfake run benchmark inference --json   the same network in every runtime a bundle can record, fp32, bf16 and int8; 3 min
     counterfake run benchmark forensics --json   Benford features, against a loop over coefficients with curve_fit; 1 min
@@ -39,7 +43,18 @@ class BenchmarkJob:
     """One benchmark: on what, for how long, against whom."""
 
     name: Literal[
-        "loader", "storage", "gan", "swap", "autoencoder", "serving", "inference", "forensics", "growth"
+        "loader",
+        "storage",
+        "gan",
+        "gan_dense",
+        "swap",
+        "autoencoder",
+        "training",
+        "detector",
+        "serving",
+        "inference",
+        "forensics",
+        "growth",
     ]
     pictures: int  # of the input
     size: int  # side of a picture, pixels
@@ -48,8 +63,9 @@ class BenchmarkJob:
     repeats: int = 3  # turns of each contestant
     seconds: float = 5.0  # measured in each turn, after the warm-up
     peers: tuple[str, ...] = ()  # whom to measure against; empty = all
-    precision: Literal["fp32", "bf16"] = "fp32"  # gan, swap: of ours
-    matmul: Literal["highest", "high", "medium"] = "highest"  # gan, swap: of ours, as in loop.matmul
+    precision: Literal["fp32", "bf16"] = "fp32"  # of our training steps; with `gpu` always bf16
+    matmul: Literal["highest", "high", "medium"] = "highest"  # of our training steps, as in loop.matmul
+    gpu: bool = False  # the benchmark's steps on a GPU: benchmarks/gpu.py, which reads `seconds` only
 
     def __post_init__(self) -> None:
         for name in ("pictures", "size", "batch_size", "threads", "repeats"):
@@ -64,6 +80,10 @@ class BenchmarkJob:
 def run(job: BenchmarkJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Make the input, install the peers, measure in turns; returns the figures."""
     console = console or Console(quiet=True)
+    if job.gpu:
+        from jobs.benchmarks import gpu
+
+        return gpu.run(job.name, seconds=job.seconds, tell=console.event)
     module = importlib.import_module(f"jobs.benchmarks.{job.name}")
     folder = workspace.cache / "benchmark" / job.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +105,7 @@ def _tabulated(job: BenchmarkJob, module: ModuleType, folder: Path, console: Con
     """A benchmark without peers: a row of figures for each size."""
     console.stage(f"benchmark {job.name}")
     before, rows = harness.machine(), module.table(job, folder, console)
-    return {"name": job.name, "table": rows, "settings": to_dict(job), "machine": before}
+    return summary(job, module, module.rates(rows), {}) | {"table": rows, "machine": before}
 
 
 class _Turns:
@@ -218,6 +238,11 @@ def gan() -> BenchmarkJob:
     return BenchmarkJob(name="gan", pictures=1536, size=28, batch_size=256, seconds=8, matmul="medium")
 
 
+def gan_dense() -> BenchmarkJob:
+    """Training steps of the dense GAN of the articles at batch 128."""
+    return BenchmarkJob(name="gan_dense", pictures=1536, size=28, batch_size=128, seconds=4, matmul="medium")
+
+
 def autoencoder() -> BenchmarkJob:
     """Training steps of the article's autoencoder at Keras' default batch of 32."""
     return BenchmarkJob(name="autoencoder", pictures=1536, size=28, batch_size=32, seconds=4)
@@ -227,6 +252,20 @@ def swap() -> BenchmarkJob:
     """Training steps of swap-shared in full, ours in bf16; `--set precision=fp32 --set matmul=highest` for the original's."""
     return BenchmarkJob(
         name="swap", pictures=64, size=64, batch_size=32, seconds=10, precision="bf16", matmul="medium"
+    )
+
+
+def training() -> BenchmarkJob:
+    """The article's DCGAN at batch 256 through Ray Train, data plane and MLflow: one worker and two of one thread each."""
+    return BenchmarkJob(
+        name="training", pictures=8192, size=28, batch_size=256, threads=1, seconds=60, matmul="medium"
+    )
+
+
+def detector() -> BenchmarkJob:
+    """MobileNetV2 on 64 px JPEG pictures at batch 32 through Ray Train, data plane and MLflow."""
+    return BenchmarkJob(
+        name="detector", pictures=2048, size=64, batch_size=32, threads=1, seconds=60, matmul="medium"
     )
 
 
@@ -254,8 +293,11 @@ PRESETS: dict[str, Callable[[], BenchmarkJob]] = {
     "loader": loader,
     "storage": storage,
     "gan": gan,
+    "gan_dense": gan_dense,
     "swap": swap,
     "autoencoder": autoencoder,
+    "training": training,
+    "detector": detector,
     "serving": serving,
     "inference": inference,
     "forensics": forensics,

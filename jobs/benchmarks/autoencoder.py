@@ -46,13 +46,14 @@ def conclusions(facts: dict[str, Any]) -> dict[str, Any]:
 def _counterfake(spec: Spec) -> Contestant:
     import torch
 
-    from counterfake import dist
+    from counterfake import dist, memory
     from counterfake.data import Batch
     from counterfake.learners import LearnerContext
     from counterfake.learners.autoencoder import AutoencoderConfig
 
     torch.set_num_threads(spec.threads)
     torch.set_float32_matmul_precision(spec.matmul)
+    memory.keep()  # as every training process of ours does
     dist.seed_build(spec.seed)
     pictures = torch.from_numpy(_pictures(spec)).permute(0, 3, 1, 2)
     context = LearnerContext(

@@ -21,6 +21,7 @@ UNIT = "images/s"
 LIMIT = ""
 NEEDS = {"tensorflow": ("tensorflow-cpu",), "tensorflow-bf16": ("tensorflow-cpu",)}
 LOSS_STEPS = 20  # steps whose losses are compared, the warm-up among them
+FP32_ERROR = 1e-5  # of a product, in units of its own scale; more is another precision
 NOISE = 100
 
 
@@ -65,17 +66,26 @@ def agree(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> bool:
 
 
 def _counterfake(spec: Spec) -> Contestant:
+    from counterfake.learners.gan import GanConfig
+
+    return learner_step(GanConfig(), spec)
+
+
+def learner_step(config: Any, spec: Spec) -> Contestant:
+    """Steps of our learner with these networks and losses, on the benchmark's pictures."""
     import torch
 
-    from counterfake import dist
+    from counterfake import dist, memory
     from counterfake.data import Batch
     from counterfake.learners import LearnerContext
-    from counterfake.learners.gan import GanConfig
 
     torch.set_num_threads(spec.threads)
     torch.set_float32_matmul_precision(spec.matmul)
+    if spec.precision == "fp32" and _matmul_error() > FP32_ERROR:
+        torch.set_float32_matmul_precision("highest")  # a processor where less than fp32 is meant
+    memory.keep()  # as every training process of ours does
     dist.seed_build(spec.seed)
-    pictures = torch.from_numpy(_pictures(spec)).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(pictures_of(spec)).permute(0, 3, 1, 2)
     context = LearnerContext(
         batch_size=spec.batch_size,
         images_per_epoch=len(pictures),
@@ -84,13 +94,13 @@ def _counterfake(spec: Spec) -> Contestant:
         size=spec.size,
         precision=spec.precision,
     )
-    learner = GanConfig().build(device=torch.device("cpu"), context=context)
-    losses = _Losses()
+    learner = config.build(device=torch.device("cpu"), context=context)
+    losses = Losses()
     unknown = torch.full((spec.batch_size,), -1)
     ids = [""] * spec.batch_size
 
     def step() -> int:
-        rows = _rows(len(pictures), learner.steps, spec)
+        rows = rows_of(len(pictures), learner.steps, spec)
         batch = Batch(
             images=pictures[rows],
             fake=unknown,
@@ -163,11 +173,11 @@ def _torch_eager(spec: Spec) -> Contestant:
                 nn.init.zeros_(layer.bias)
     g_weights, d_weights = list(generator.parameters()), list(discriminator.parameters())
     g_adam, d_adam = (torch.optim.Adam(weights, lr=1e-4, eps=1e-7) for weights in (g_weights, d_weights))
-    pictures = torch.from_numpy(_pictures(spec)).permute(0, 3, 1, 2)
-    losses = _Losses()
+    pictures = torch.from_numpy(pictures_of(spec)).permute(0, 3, 1, 2)
+    losses = Losses()
 
     def step() -> int:
-        real = (pictures[_rows(len(pictures), losses.steps, spec)].float() - 127.5) / 127.5
+        real = (pictures[rows_of(len(pictures), losses.steps, spec)].float() - 127.5) / 127.5
         fake = generator(torch.randn(spec.batch_size, NOISE))
         real_logits, fake_logits = discriminator(real), discriminator(fake)
         g_loss = F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
@@ -228,7 +238,7 @@ def _tensorflow(spec: Spec, policy: str = "float32") -> Contestant:
     )
     entropy = tf.keras.losses.BinaryCrossentropy(from_logits=True)
     g_adam, d_adam = tf.keras.optimizers.Adam(1e-4), tf.keras.optimizers.Adam(1e-4)
-    pictures, losses = _pictures(spec), _Losses()
+    pictures, losses = pictures_of(spec), Losses()
 
     @tf.function  # type: ignore[untyped-decorator]
     def train(images: Any) -> Any:
@@ -249,7 +259,7 @@ def _tensorflow(spec: Spec, policy: str = "float32") -> Contestant:
         return d_loss, g_loss
 
     def step() -> int:
-        rows = _rows(len(pictures), losses.steps, spec)
+        rows = rows_of(len(pictures), losses.steps, spec)
         losses.add(*train(tf.constant((pictures[rows].astype(np.float32) - 127.5) / 127.5)))
         return spec.batch_size
 
@@ -264,19 +274,19 @@ CONTESTANTS: dict[str, Callable[[Spec], Contestant]] = {
 }
 
 
-# -- private --------------------------------------------------------------------------------------------------------
+# -- shared with the dense GAN --------------------------------------------------------------------------------------
 
 
-def _pictures(spec: Spec) -> np.ndarray[Any, Any]:
+def pictures_of(spec: Spec) -> np.ndarray[Any, Any]:
     return np.asarray(np.load(spec.inputs["pictures"], allow_pickle=False))
 
 
-def _rows(count: int, step: int, spec: Spec) -> Any:
+def rows_of(count: int, step: int, spec: Spec) -> Any:
     """The rows of a step: the same for every contestant."""
     return np.random.default_rng([spec.seed, step]).integers(0, count, spec.batch_size)
 
 
-class _Losses:
+class Losses:
     """Losses of every step as they come, turned into numbers at the end so that no step waits."""
 
     def __init__(self) -> None:

@@ -40,6 +40,7 @@ class Contestant:
     round: Callable[[], int]  # does one epoch, step or call; returns how many pictures that was
     warmup: int = 1  # rounds before the clock starts
     facts: Callable[[], dict[str, Any]] = dict  # what else it found, asked once at the end
+    whole: Callable[[], dict[str, Any]] | None = None  # measures itself: rate, per_cpu_second, facts
 
 
 class ContestantFailed(Exception):

@@ -29,7 +29,9 @@ def main(order: Path, answer: Path) -> None:
 
 
 def timed(contestant: Contestant, seconds: float) -> dict[str, Any]:
-    """Whole rounds until `seconds` have passed, at least one."""
+    """Whole rounds until `seconds` have passed, at least one; or what a contestant that measures itself says."""
+    if contestant.whole:
+        return contestant.whole()
     for _ in range(contestant.warmup):
         contestant.round()
     pictures, cpu, start = 0, cpu_seconds(), time.perf_counter()

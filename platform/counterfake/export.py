@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from counterfake import locks, media
+from counterfake import locks, media, provenance
 from counterfake.config import canonical_json
 from counterfake.errors import ConfigError, DataError, StorageError
 from counterfake.records import Dataset
@@ -255,7 +255,8 @@ _WRITERS: dict[Format, Callable[[Path, str, str, pa.Table, Version], list[dict[s
 
 
 def _pictures(table: pa.Table, version: Version) -> Iterator[tuple[dict[str, Any], bytes, str]]:
-    """(labels, file bytes, extension) of every row; raw pixels become PNG, which loses nothing."""
+    """(labels, file bytes, extension) of every row; raw pixels become PNG, which loses nothing, marked where a maker of fakes
+    is known."""
     for batch in table.to_batches(max_chunksize=64):
         for row in batch.to_pylist():
             image, pixels = row.pop("image", None), row.pop("pixels", None)
@@ -265,7 +266,9 @@ def _pictures(table: pa.Table, version: Version) -> Iterator[tuple[dict[str, Any
                 yield row, image["bytes"], _EXTENSIONS.get(media.sniff(image["bytes"]), "bin")
             else:
                 assert version.shape is not None
-                yield row, media.encode(np.array(pixels, np.uint8).reshape(version.shape), "png"), "png"
+                data = media.encode(np.array(pixels, np.uint8).reshape(version.shape), "png")
+                made = row.get("fake") == 1 and row.get("maker")
+                yield row, provenance.mark(data, maker=row["maker"]) if made else data, "png"
 
 
 def _file(part: Path, path: Path, rows: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from counterfake.images import Preprocess
 from counterfake.nets.autoencoder import Autoencoder
 from counterfake.nets.inception import SIZE as INCEPTION_SIZE
 from counterfake.nets.inception import InceptionV3
+from counterfake.nets.mobilenetv2 import MobileNetV2Config, Origin
 from counterfake.storage import file_sha256
 
 BATCH = 128  # pictures in one pass
@@ -100,6 +101,23 @@ class InceptionExtractor(ExtractorConfig):
         return Extractor(
             "inception-v3-2015-12-05", digest, net, INCEPTION_SIZE, 3, device, mean=128.0, std=128.0
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MobileNetExtractor(ExtractorConfig):
+    """MobileNetV2's ImageNet features, averaged over the picture (D = 1,280), from a given file: weights with torchvision's
+    names (.pth, .safetensors). For faces where Inception's file is not at hand; its figures are no FID of the papers."""
+
+    weights: str  # path
+    sha256: str = ""  # of the file
+    origin: Origin = "tensorflow"  # padding and BatchNorm epsilon the weights were trained with
+    size: int = 224  # side of the pictures it reads, pixels
+
+    def load(self, find: Find, device: torch.device) -> Extractor:
+        _, digest = _read_weights(self.weights, self.sha256)
+        net = MobileNetV2Config(weights=str(Path(self.weights).expanduser()), origin=self.origin).classifier()
+        # its convention is [-1, 1], not ImageNet's mean and deviation
+        return Extractor(f"mobilenet-v2-{self.origin}", digest, _Pooled(net.features), self.size, 3, device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,14 @@
 The mark is an XMP packet with the IPTC property DigitalSourceType, the vocabulary that platforms read to label
 generated media (https://cv.iptc.org/newscodes/digitalsourcetype). In an MP4 it is the `uuid` box of the XMP
 specification, part 3, 1.2.7.1. It is a label, not a proof: anyone can remove it, so its absence says nothing. `label` is
-the mark that people see. C2PA manifests are signed; they are read when the optional package c2pa-python is installed.
+the mark that people see. C2PA manifests are signed: they are read, and with a key written, where the optional package
+c2pa-python is installed; this file is its only home.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import io
 import json
@@ -24,8 +26,9 @@ from xml.sax.saxutils import escape, unescape
 import cv2
 import numpy as np
 
+import counterfake
 from counterfake import media
-from counterfake.errors import MediaError
+from counterfake.errors import ConfigError, MediaError
 from counterfake.media import Pixels
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,13 @@ OFFLINE = {
 }  # an upload must not make us call a URL
 MIME = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "mp4": "video/mp4"}
 XMP_UUID = bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC")  # of the MP4 box that holds a packet
-PACKET_BYTES = 1 << 20  # of a packet that is read from an MP4
+PACKET_BYTES = 1 << 20  # of a packet that is read from an MP4 or a GIF
+GIF = b"GIF89a"
+GIF_BLOCK = b"\x21\xff\x0bXMP DataXMP"
+GIF_TRAILER = bytes((1, *range(255, -1, -1), 0))
+# no second, smaller picture inside
+SIGNING: dict[str, Any] = {**OFFLINE, "builder": {"thumbnail": {"enabled": False}}}
+CURVES = {256: "es256", 384: "es384", 521: "es512"}  # bits of an elliptic key -> its algorithm's name in C2PA
 LABEL = "AI-generated"  # the words people see
 LABEL_HEIGHT = 0.05  # of the label / shorter side of the picture
 LABEL_LEAST = 12  # pixels of that height: less cannot be read
@@ -93,6 +102,74 @@ class Provenance:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signing:
+    """Where the key is that signs what is made, as files of PEM; both empty = the mark only."""
+
+    certificate: str = ""  # path of the chain, the signer's own certificate first
+    key: str = ""  # path of its private key, not encrypted
+
+    def __post_init__(self) -> None:
+        if bool(self.certificate) != bool(self.key):
+            have, lack = ("certificate", "key") if self.certificate else ("key", "certificate")
+            raise ConfigError(
+                f"sign.{have} is set but sign.{lack} is not; set both, or neither to leave files unsigned"
+            )
+
+    def load(self) -> Signer | None:
+        """The signer, tried on a small picture; None if none is asked for. Raises ConfigError."""
+        if not self.key:
+            return None
+        chain, key = _pem("sign.certificate", self.certificate), _pem("sign.key", self.key)
+        signer = Signer(chain, *_algorithm(key, self.key))
+        signer.check(f"sign.certificate {self.certificate} and sign.key {self.key}")
+        return signer
+
+
+@dataclasses.dataclass(frozen=True)
+class Signer:
+    """A key that signs C2PA manifests; the signature holds as long as the certificate, no time stamp is asked of anyone.
+
+    Two signatures of one picture differ: each manifest has a name of its own and the time it was made."""
+
+    chain: bytes = dataclasses.field(repr=False)  # PEM
+    key: bytes = dataclasses.field(repr=False)  # PEM, PKCS #8
+    algorithm: str  # es256, ed25519, …
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the chain: names the signer without the key."""
+        return hashlib.sha256(self.chain).hexdigest()
+
+    def sign(
+        self, source: BinaryIO, out: BinaryIO, kind: str, *, maker: str, source_type: SourceType
+    ) -> None:
+        """Copy a JPEG, PNG, WEBP or MP4 of `kind` to `out` with a manifest that says what made it. Pixels stay."""
+        c2pa = importlib.import_module("c2pa")
+        info = c2pa.C2paSignerInfo(self.algorithm, self.chain, self.key, None)
+        context = c2pa.Context.from_dict(SIGNING)
+        with (
+            c2pa.Signer.from_info(info) as signer,
+            c2pa.Builder(_manifest(maker, source_type, kind), context) as builder,
+        ):
+            builder.sign(signer, MIME[kind], source, out)
+
+    def check(self, name: str) -> None:
+        """Sign a small picture; the library verifies it. Raises ConfigError, which calls the key `name`, where that fails."""
+        picture = io.BytesIO(media.encode(np.zeros((8, 8, 3), np.uint8), "png"))
+        try:
+            self.sign(picture, io.BytesIO(), "png", maker="", source_type="trainedAlgorithmicMedia")
+        except ImportError as error:
+            raise ConfigError(
+                "signing needs c2pa-python, which is not installed: pip install c2pa-python"
+            ) from error
+        except Exception as error:  # a native library: one of a dozen kinds, each with a text
+            raise ConfigError(
+                f"{name} do not sign: {' '.join(str(error).split())[:200]}; C2PA wants the certificate of this very key, in "
+                "force, for e-mail protection or document signing"
+            ) from error
+
+
 def packet(*, maker: str, source_type: SourceType = "trainedAlgorithmicMedia", terms: str = "") -> bytes:
     """The XMP packet that marks generated media; `maker` is what made it, e.g. dcgan-faces@7, `terms` what it may be
     used for."""
@@ -101,18 +178,29 @@ def packet(*, maker: str, source_type: SourceType = "trainedAlgorithmicMedia", t
 
 
 def mark(
-    data: bytes, *, maker: str, source_type: SourceType = "trainedAlgorithmicMedia", terms: str = ""
+    data: bytes,
+    *,
+    maker: str,
+    source_type: SourceType = "trainedAlgorithmicMedia",
+    terms: str = "",
+    signer: Signer | None = None,
 ) -> bytes:
-    """The same JPEG, PNG, WEBP or MP4 marked as generated by `maker`. Pixels are not encoded again; an older mark goes.
-
-    Raises MediaError for other files.
-    """
-    xmp = packet(maker=maker, source_type=source_type, terms=terms)
-    if media.sniff(data) != "mp4":
-        return media.embed_xmp(data, xmp)
-    file = io.BytesIO(data)
-    _mark_mp4(file, xmp)
-    return file.getvalue()
+    """The same JPEG, PNG, WEBP, MP4 or GIF marked as generated by `maker`, and signed where there is a signer (a GIF is
+    not). Pixels are not encoded again; an older mark goes, but for that of a GIF. Raises MediaError for other files."""
+    xmp, kind = packet(maker=maker, source_type=source_type, terms=terms), media.sniff(data)
+    if data.startswith(GIF):
+        return _gif_with_xmp(data, xmp)
+    if kind == "mp4":
+        file = io.BytesIO(data)
+        _mark_mp4(file, xmp)
+        marked = file.getvalue()
+    else:
+        marked = media.embed_xmp(data, xmp)
+    if signer is None:
+        return marked
+    out = io.BytesIO()
+    signer.sign(io.BytesIO(marked), out, kind, maker=maker, source_type=source_type)
+    return out.getvalue()
 
 
 def mark_video(
@@ -121,14 +209,16 @@ def mark_video(
     maker: str,
     source_type: SourceType = "compositeWithTrainedAlgorithmicMedia",
     terms: str = "",
+    signer: Signer | None = None,
 ) -> None:
     """`mark` for an MP4 of any size, in place: some hundred bytes are added at its end, an older packet is struck out.
-
-    Raises MediaError for other files."""
+    A signer writes the file a second time, beside it. Raises MediaError for other files."""
     with path.open("r+b") as file:
         _mark_mp4(file, packet(maker=maker, source_type=source_type, terms=terms))
         file.flush()
         os.fsync(file.fileno())
+    if signer is not None:
+        _sign_video(signer, path, maker, source_type)
 
 
 def read_video(path: Path) -> Provenance:
@@ -160,7 +250,10 @@ def label_box(image_size: tuple[int, int], text: str = LABEL) -> tuple[int, int,
 
 def read(data: bytes) -> Provenance:
     """What the file claims. Never raises: hostile metadata is the same as none."""
-    xmp = _read_mp4(io.BytesIO(data)) if media.sniff(data) == "mp4" else media.read_xmp(data)
+    if data.startswith(GIF):
+        xmp = _gif_xmp(data)
+    else:
+        xmp = _read_mp4(io.BytesIO(data)) if media.sniff(data) == "mp4" else media.read_xmp(data)
     return _claimed(xmp or b"", _read_c2pa(data))
 
 
@@ -178,6 +271,64 @@ def _claimed(xmp: bytes, claims: dict[str, Any]) -> Provenance:
         maker=_property(text, "CreatorTool"),
         **claims,
     )
+
+
+def _manifest(maker: str, source_type: SourceType, kind: str) -> str:
+    """What is signed: one action, that the file was created by `maker`. C2PA specification 2, 18.15."""
+    agent = {"softwareAgent": {"name": maker}} if maker else {}
+    action = {"action": "c2pa.created", "digitalSourceType": VOCABULARY + source_type, **agent}
+    generator = {"name": "counterfake", "version": counterfake.__version__}
+    assertion = {"label": "c2pa.actions.v2", "data": {"actions": [action]}}
+    return json.dumps({"claim_generator_info": [generator], "format": MIME[kind], "assertions": [assertion]})
+
+
+def _sign_video(signer: Signer, path: Path, maker: str, source_type: SourceType) -> None:
+    signed = path.with_name(f".{path.name}.{os.getpid()}.signing")
+    try:
+        with path.open("rb") as source, signed.open("w+b") as out:
+            signer.sign(source, out, "mp4", maker=maker, source_type=source_type)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(signed, path)
+    finally:
+        signed.unlink(missing_ok=True)
+
+
+def _pem(name: str, path: str) -> bytes:
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}; name a PEM file") from error
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{name} {path} is no PEM file; convert it with openssl")
+    return data
+
+
+def _algorithm(data: bytes, path: str) -> tuple[bytes, str]:
+    """(the private key as PKCS #8, the name of its algorithm in C2PA)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except (ValueError, TypeError) as error:  # TypeError: it is encrypted
+        raise ConfigError(
+            f"sign.key {path} holds no private key that can be read: {str(error)[:150]}"
+        ) from error
+    if isinstance(key, EllipticCurvePrivateKey) and key.curve.key_size in CURVES:
+        algorithm = CURVES[key.curve.key_size]
+    elif isinstance(key, Ed25519PrivateKey):
+        algorithm = "ed25519"
+    elif isinstance(key, RSAPrivateKey):
+        algorithm = "ps256"
+    else:
+        raise ConfigError(
+            f"sign.key {path} is a {type(key).__name__}; C2PA signs with Ed25519, P-256/384/521 or RSA keys"
+        )
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()), algorithm
 
 
 def _clean(text: str) -> str:
@@ -239,6 +390,20 @@ def _mark_mp4(file: BinaryIO, xmp: bytes) -> None:
         file.write(b"free")
     file.seek(length)
     file.write(struct.pack(">I", 24 + len(xmp)) + b"uuid" + XMP_UUID + xmp)
+
+
+def _gif_with_xmp(data: bytes, xmp: bytes) -> bytes:
+    """The packet in an application block behind the global colours. XMP specification, part 3, 1.1.2: the bytes lie there
+    in the open, and a reader that takes them for lengths of blocks is led to the end of them by GIF_TRAILER."""
+    at = 13 + (3 << ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0)
+    if len(data) <= at:
+        raise MediaError("unsupported", "only a whole GIF can be marked; write it again")
+    return data[:at] + GIF_BLOCK + xmp + GIF_TRAILER + data[at:]
+
+
+def _gif_xmp(data: bytes) -> bytes | None:
+    _, found, rest = data.partition(GIF_BLOCK)
+    return rest[:PACKET_BYTES].partition(GIF_TRAILER)[0] if found else None
 
 
 def _property(text: str, name: str) -> str:

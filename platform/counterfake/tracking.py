@@ -39,6 +39,8 @@ from counterfake.workspace import Workspace
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from counterfake.provenance import SourceType
+
 logger = logging.getLogger(__name__)
 
 MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 5000  # characters MLflow stores
@@ -204,12 +206,26 @@ class Run:
         for i in range(0, len(pairs), 100):
             self._send(functools.partial(_log_tags, pairs=pairs[i : i + 100]), f"{len(pairs)} tags")
 
-    def picture(self, name: str, picture: bytes | NDArray[np.uint8], step: int | None = None) -> None:
-        """An encoded picture, or uint8 pixels (H, W, 3) kept as PNG: pictures/NAME.png, with a step previews/NAME/STEP.png."""
+    def picture(
+        self,
+        name: str,
+        picture: bytes | NDArray[np.uint8],
+        step: int | None = None,
+        *,
+        maker: str = "",
+        source_type: SourceType = "trainedAlgorithmicMedia",
+    ) -> None:
+        """An encoded picture, or uint8 pixels (H, W, 3) kept as PNG: pictures/NAME.png, with a step previews/NAME/STEP.png.
+
+        maker: what made it, or a part of it; the picture is then marked as generated."""
         if not isinstance(picture, bytes | bytearray):
             from counterfake import media
 
             picture = media.encode(np.ascontiguousarray(picture), "png")
+        if maker:
+            from counterfake import provenance
+
+            picture = provenance.mark(bytes(picture), maker=maker, source_type=source_type)
         stem, dot, ending = name.rpartition(".")
         stem, ending = (stem, ending) if dot and ending in ("png", "jpg", "jpeg", "webp") else (name, "png")
         path = f"pictures/{stem}.{ending}" if step is None else f"previews/{stem}/{step:08d}.{ending}"

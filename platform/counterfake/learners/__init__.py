@@ -8,10 +8,10 @@ from __future__ import annotations
 import abc
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from counterfake.config import Family
+from counterfake.errors import CheckpointError
 from counterfake.nets import NetConfig
 
 if TYPE_CHECKING:
     from counterfake.data import Batch
 
 Net = TypeVar("Net", bound=nn.Module)
+Paints = Literal["", "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +100,33 @@ class LearnerConfig(Family, abc.ABC):
     """Settings of one learning problem; subclasses are frozen keyword-only dataclasses."""
 
     compiles: ClassVar[bool] = False  # whether its learner passes its nets through `LearnerContext.compiled`
+    # IPTC's digital source type of its previews, where they show what its nets have made; "" = they show data only
+    paints: ClassVar[Paints] = ""
 
     @abc.abstractmethod
     def build(self, *, device: torch.device, context: LearnerContext) -> Learner:
         """A new learner on `device`, initialised from torch's global random state (the same on every rank)."""
+
+    def admit(self, counts: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Look at the counts of the rows of a run, each {fake, class_id, maker, identity, rows}, before anything starts.
+
+        Raises DataError, which calls the rows `where`, for what would fail in the middle of the run."""
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], role: str) -> None:
+    """`net.load_state_dict` that calls the weights of another architecture so, in one line. Raises CheckpointError."""
+    own = net.state_dict()
+    unfit = sorted(
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if unfit:
+        raise CheckpointError(
+            f"the checkpoint is of another {role}: {len(unfit)} of {len(own)} tensors differ, first {unfit[0]}; "
+            "give the job another name, or its networks the settings of the checkpoint"
+        )
+    net.load_state_dict(weights)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from counterfake import dist, images
 from counterfake.errors import ConfigError, DataError
-from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
+from counterfake.learners import LearnerConfig, LearnerContext, Paints, load_optimizer, load_weights
 from counterfake.nets import NetConfig
 from counterfake.nets.autoencoder import Autoencoder, DenseAutoencoder
 
@@ -32,6 +32,7 @@ PREVIEW_ROWS = 16
 class AutoencoderConfig(LearnerConfig):
     """The article's settings: Keras' Adam, no noise."""
 
+    paints: ClassVar[Paints] = "compositeWithTrainedAlgorithmicMedia"
     net: DenseAutoencoder = field(default_factory=DenseAutoencoder)
     lr: float = 1e-3
     adam_eps: float = 1e-7  # Keras' default, torch's is 1e-8
@@ -112,7 +113,8 @@ class AutoencoderLearner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
+        """Raises CheckpointError if the weights are those of another network."""
+        load_weights(self.net, state["net"], "autoencoder")
         load_optimizer(self.optimizer, state["optimizer"])
         self.steps, self.images = state["steps"], state["images"]
 

@@ -6,7 +6,7 @@ What is exported is the network after the last step: no weights are chosen on th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from counterfake import dist, images
 from counterfake.errors import ConfigError, DataError
-from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
+from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer, load_weights
 from counterfake.nets import NetConfig
 from counterfake.nets.classifier import Classifier, SmallClassifier
 
@@ -53,6 +53,19 @@ class ClassifierConfig(LearnerConfig):
                 f"{read[1]}; set data.preprocess.size and channels, or learner.net.size and channels"
             )
         return ClassifierLearner(self, device, context)
+
+    def admit(self, counts: Sequence[Mapping[str, Any]], where: str) -> None:
+        """At least one row has a class, and none has one that the network does not know."""
+        found = {row["class_id"] for row in counts} - {None, UNKNOWN}
+        if not found:
+            raise DataError(
+                f"a classifier needs class_id, but no picture of {where} has one; choose a dataset with classes"
+            )
+        if not 0 <= min(found) <= max(found) < self.net.classes:
+            raise DataError(
+                f"{where} has classes {min(found)} to {max(found)} but the classifier knows 0 to {self.net.classes - 1}; "
+                f"set learner.net.classes={max(found) + 1}"
+            )
 
 
 class ClassifierLearner:
@@ -119,7 +132,8 @@ class ClassifierLearner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
+        """Raises CheckpointError if the weights are those of another network."""
+        load_weights(self.net, state["net"], "classifier")
         load_optimizer(self.optimizer, state["optimizer"])
         self.steps, self.images = state["steps"], state["images"]
 

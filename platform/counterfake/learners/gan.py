@@ -9,7 +9,7 @@ G generator, D discriminator, x real, z noise, l = D(G(z)); D's logits are highe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from counterfake import dist, images
-from counterfake.errors import CheckpointError, ConfigError
-from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
+from counterfake.errors import ConfigError, DataError
+from counterfake.learners import LearnerConfig, LearnerContext, Paints, load_optimizer, load_weights
 from counterfake.learners.diffaugment import Ada, AdaConfig, DiffAugment, diff_augment
 from counterfake.learners.gan_losses import (
     GRADIENT_RATIOS,
@@ -52,6 +52,7 @@ class GanConfig(LearnerConfig):
     """Two players, one loss. The defaults are the article's DCGAN on MNIST."""
 
     compiles: ClassVar[bool] = True
+    paints: ClassVar[Paints] = "trainedAlgorithmicMedia"
     generator: NetConfig = field(default_factory=DcganGenerator)
     discriminator: NetConfig = field(default_factory=DcganDiscriminator)
     loss: Loss = "non_saturating"
@@ -98,6 +99,24 @@ class GanConfig(LearnerConfig):
 
     def build(self, *, device: torch.device, context: LearnerContext) -> Gan:
         return Gan(self, device, context)
+
+    def admit(self, counts: Sequence[Mapping[str, Any]], where: str) -> None:
+        """With classes: every row has one, and one that the networks know."""
+        known, _ = _condition(self.generator)
+        if not known:
+            return
+        unknown = sum(row["rows"] for row in counts if row["class_id"] is None or row["class_id"] < 0)
+        if unknown:
+            raise DataError(
+                f"{unknown} of {sum(row['rows'] for row in counts)} pictures of {where} have no class, but the networks are "
+                "told one for each; ingest a set with classes, or take a preset without"
+            )
+        most = max((row["class_id"] for row in counts), default=0)
+        if most >= known:
+            raise DataError(
+                f"{where} has class {most} but the networks know 0 to {known - 1}; "
+                f"set learner.generator.classes={most + 1} and learner.discriminator.classes={most + 1}"
+            )
 
 
 class _Turn(NamedTuple):
@@ -178,10 +197,10 @@ class Gan:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError if the weights are those of other networks."""
-        _load(dist.unwrap(self.generator), state["generator"], "generator")
-        _load(dist.unwrap(self.discriminator), state["discriminator"], "discriminator")
+        load_weights(dist.unwrap(self.generator), state["generator"], "generator")
+        load_weights(dist.unwrap(self.discriminator), state["discriminator"], "discriminator")
         if self.average:
-            _load(self.average, state["average"] or state["generator"], "averaged generator")
+            load_weights(self.average, state["average"] or state["generator"], "averaged generator")
         if self.ada and state.get("ada"):
             self.ada.load_state_dict(state["ada"])
         load_optimizer(self.g_optimizer, state["g_optimizer"])
@@ -213,7 +232,7 @@ class Gan:
         rows = self.context.batch_size
         if not self.classes:
             return _Turn(real, None, self._noise(rows), None)
-        if not self._classes_checked:  # once: it waits for the device
+        if self.device.type == "cpu" or not self._classes_checked:  # elsewhere once: it waits for the device
             check_classes(batch.class_id, self.classes)
             self._classes_checked = True
         return _Turn(real, batch.class_id, self._noise(rows), self._drawn_classes(rows))
@@ -467,21 +486,6 @@ def _read_embeddings(path: str, shape: tuple[int, ...]) -> Tensor:
     if array.shape != shape:
         raise ConfigError(f"learner.embeddings {path} has shape {array.shape}, the networks need {shape}")
     return torch.from_numpy(array.astype(np.float32))
-
-
-def _load(net: nn.Module, weights: dict[str, Tensor], role: str) -> None:
-    own = net.state_dict()
-    unfit = sorted(
-        name
-        for name in own.keys() | weights.keys()
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
-    )
-    if unfit:
-        raise CheckpointError(
-            f"the checkpoint is of another {role}: {len(unfit)} of {len(own)} tensors differ, first {unfit[0]}; "
-            "give the job another name, or its networks the settings of the checkpoint"
-        )
-    net.load_state_dict(weights)
 
 
 def _mixes_rows(module: nn.Module) -> bool:

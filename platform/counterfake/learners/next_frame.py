@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from counterfake import dist, images
 from counterfake.errors import ConfigError, DataError
-from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
+from counterfake.learners import LearnerConfig, LearnerContext, Paints, load_optimizer, load_weights
 from counterfake.learners.gan_losses import discriminator_loss, generator_loss
 from counterfake.nets import NetConfig
 from counterfake.nets.dcgan import DcganDiscriminator
@@ -39,6 +39,7 @@ PREVIEW_ROWS = 6
 class NextFrameConfig(LearnerConfig):
     """A U-Net that reads `net.inputs` frames and paints the next one."""
 
+    paints: ClassVar[Paints] = "compositeWithTrainedAlgorithmicMedia"
     net: UNetConfig = field(default_factory=UNetConfig)
     adversary_weight: float = 0.0  # of -log D(frame | past) beside the squared error; 0 = no adversary
     adversary: DcganDiscriminator = field(
@@ -121,8 +122,9 @@ class NextFrame:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        dist.unwrap(self.net).load_state_dict(state["net"])
-        dist.unwrap(self.adversary).load_state_dict(state["adversary"])
+        """Raises CheckpointError if the weights are those of other networks."""
+        load_weights(dist.unwrap(self.net), state["net"], "painter of frames")
+        load_weights(dist.unwrap(self.adversary), state["adversary"], "adversary")
         load_optimizer(self.optimizer, state["optimizer"])
         load_optimizer(self.d_optimizer, state["d_optimizer"])
         self.steps, self.images = state["steps"], state["images"]

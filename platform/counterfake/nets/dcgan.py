@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +106,10 @@ class Generator(nn.Module):
         if self.classes:
             noise = torch.cat([noise, self.code(self.condition(condition))], dim=1)
         x = F.leaky_relu(self.dense_norm(self.dense(noise)), self.config.slope)
-        x = x.view(-1, *self.shape)  # (N, 4 width, 7, 7)
+        x = x.view(-1, *self.shape).contiguous(memory_format=torch.channels_last)  # (N, 4 width, 7, 7)
         for conv, norm in zip(self.convs, self.norms, strict=False):
             x = F.leaky_relu(norm(conv(x)), self.config.slope)
-        return torch.tanh(self.convs[-1](x))
+        return torch.tanh(_paint(self.convs[-1], x))
 
 
 class Discriminator(nn.Module):
@@ -146,7 +146,7 @@ class Discriminator(nn.Module):
             x = torch.cat([x, code.view(-1, 1, *x.shape[2:]).to(x.dtype)], dim=1)  # (N, C + 1, H, W)
         for conv in self.convs:
             x = F.pad(x, (1, 2, 1, 2))  # "same" for a 5x5 kernel of stride 2 on an even size
-            x = self.dropout(F.leaky_relu(conv(x), self.config.slope))  # (N, 2 C, H/2, W/2)
+            x = self.dropout(F.leaky_relu(_read(conv, x), self.config.slope))  # (N, 2 C, H/2, W/2)
         logits = self.dense(x.flatten(1)).squeeze(1)
         if code is not None and self.projection:
             logits = logits + (code * x.mean(dim=(2, 3))).sum(dim=1)
@@ -207,6 +207,35 @@ def _doublings(size: int) -> int:
 def _up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:
     # Keras pads (1, 2) where this pads (2, 1): the same function of a kernel shifted by one pixel
     return nn.ConvTranspose2d(inputs, outputs, 5, stride, padding=2, output_padding=stride - 1, bias=False)
+
+
+def _as_patches(channels: int, x: Tensor) -> bool:
+    """Whether a convolution with pictures on one side is faster as a product with their patches: in training, on a CPU, of one
+    channel. Forward and backward of 512 digits: 21 instead of 43 ms of one core; with three channels 53 instead of 43."""
+    exporting = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.is_grad_enabled() and not exporting and channels == 1 and x.device.type == "cpu"
+
+
+def _read(conv: Any, x: Tensor) -> Tensor:
+    """`conv(x)` of an nn.Conv2d for x (N, C, H, W)."""
+    if not _as_patches(conv.in_channels, x):
+        return conv(x)
+    (kernel, _), (stride, _) = conv.kernel_size, conv.stride
+    side = (x.shape[-1] - kernel) // stride + 1
+    patches = F.unfold(x, kernel, stride=stride).transpose(1, 2).flatten(0, 1)  # (N h w, 25)
+    maps = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (N h w, C')
+    return maps.view(len(x), side, side, conv.out_channels).permute(0, 3, 1, 2)
+
+
+def _paint(conv: Any, x: Tensor) -> Tensor:
+    """`conv(x)` of an nn.ConvTranspose2d for x (N, C, H, W)."""
+    if not _as_patches(conv.out_channels, x):
+        return conv(x)
+    (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding
+    inside, side = x.shape[-1] ** 2, stride * x.shape[-1]
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C)
+    patches = (rows @ conv.weight.flatten(1)).view(len(x), inside, kernel**2).transpose(1, 2)  # (N, 25, H W)
+    return F.fold(patches, (side, side), kernel, padding=padding, stride=stride)
 
 
 def _is_dense(x: Tensor) -> bool:
