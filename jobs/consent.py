@@ -20,6 +20,7 @@ from counterfake.workspace import Workspace
 
 FREE = ("subjects", "synthetic")  # consents that need no purpose
 PURPOSE = "detector-training"  # what research data may be used for
+TERMS = "made from research data to train detectors; not for export"  # written into files made of it
 
 
 def require(sources: Mapping[str, Mapping[str, Any]], purpose: str) -> None:

@@ -6,7 +6,8 @@
         --set into=out --set consent=research --set purpose=detector-training --set into_dataset=swaps --set licence=…
 
 `run convert` is the same job. `input` is a picture, a video or a folder of them. Whatever is written says that it was generated: words in the picture
-(`label=false` leaves them out, which is recorded) and always an XMP mark. Beside each file lies FILE.json with settings,
+(`label=false` leaves them out, which is recorded) and always an XMP mark; with a key (`sign.certificate`, `sign.key`, see
+signing.py) also a C2PA manifest. Beside each file lies FILE.json with settings,
 digests and figures; a finished file is not made again. What has no face, or cannot be read, is named and gives no file.
 Consent is that of the people in the input; those of the model are checked too. See EXPERIMENTS for frames/s.
 """
@@ -33,10 +34,9 @@ from counterfake.sources import Consent
 from counterfake.sources.video import FaceCut, below
 from counterfake.storage import write_atomic
 from counterfake.workspace import Workspace
-from jobs import consent, generate
+from jobs import consent, generate, signing
 from jobs.console import Console
 
-TERMS = "made from research data to train detectors; not for export"
 SUFFIXES: dict[str, Literal["jpeg", "png", "webp"]] = {
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
@@ -63,6 +63,9 @@ class ConvertJob(ConversionConfig):
     source: str = ""  # of the rows; the name the originals were ingested under keeps both in one split. "" = input's name
     subject: str = ""  # who is in the input, as `identity` of the rows; "" = unknown
     rows: FaceCut = dataclasses.field(default_factory=FaceCut)  # which frames of a video become rows, and how
+    sign: provenance.Signing = dataclasses.field(
+        default_factory=provenance.Signing
+    )  # C2PA key for every file
 
     def required(self) -> None:
         """Raises ConfigError for what cannot be left out."""
@@ -99,8 +102,9 @@ class _Work:
     def settings(self) -> dict[str, Any]:
         """What decides how a file looks."""
         tree = to_dict(self.job)
-        other = {"input", "into", "model", "into_dataset", "licence", "source", "subject", "rows"}
-        return {"format": FORMAT, "model": self.model.bundle.digest, "terms": self.terms} | {
+        other = {"input", "into", "model", "into_dataset", "licence", "source", "subject", "rows", "sign"}
+        signed = {"signer": self.model.signer.fingerprint} if self.model.signer else {}
+        return {"format": FORMAT, "model": self.model.bundle.digest, "terms": self.terms, **signed} | {
             name: value for name, value in tree.items() if name not in other
         }
 
@@ -161,7 +165,8 @@ def _files(job: ConvertJob) -> Iterator[tuple[Path, Path]]:
 def _prepared(job: ConvertJob, workspace: Workspace, console: Console) -> _Work:
     """Everything loaded. Raises DataError where people have not agreed, ConfigError for another kind of model."""
     _check_consent(job)
-    model = generate.load(job.model, workspace)
+    signer = signing.signer(job.sign)
+    model = generate.load(job.model, workspace)._replace(signer=signer)
     if model.bundle.kind != "faceswap":
         raise ConfigError(f"{job.model} is a {model.bundle.kind}; swap-video needs a face-swap model")
     info = model.bundle.info
@@ -176,7 +181,7 @@ def _prepared(job: ConvertJob, workspace: Workspace, console: Console) -> _Work:
         model=model,
         painter=painter,
         detector=detector,
-        terms=TERMS if bound else "",
+        terms=consent.TERMS if bound else "",
         console=console,
     )
 
@@ -238,7 +243,7 @@ def _encoded(work: _Work, pixels: media.Pixels, original: bytes, target: Path) -
     quality = before.quality if before.format == "jpeg" else QUALITY
     chosen = SUFFIXES[target.suffix.lower()]
     data = media.encode(pixels, chosen, 100 if chosen == "webp" else quality)
-    return provenance.mark(data, maker=work.model.maker, source_type=conversion.SOURCE_TYPE, terms=work.terms)
+    return _signed(work, data)
 
 
 def _video(work: _Work, source: Path, target: Path) -> dict[str, Any]:
@@ -255,6 +260,7 @@ def _video(work: _Work, source: Path, target: Path) -> dict[str, Any]:
             work.job,
             maker=work.model.maker,
             terms=work.terms,
+            signer=work.model.signer,
             progress=advance,
         )
     done = time.monotonic()
@@ -377,10 +383,13 @@ def _picture_row(work: _Work, facts: Sample, source: Path, target: Path) -> Samp
 
 
 def _marked(work: _Work, row: Sample) -> Sample:
-    data = provenance.mark(
-        row.media, maker=work.model.maker, source_type=conversion.SOURCE_TYPE, terms=work.terms
-    )
-    return dataclasses.replace(row, id="", image=data)
+    return dataclasses.replace(row, id="", image=_signed(work, row.media))
+
+
+def _signed(work: _Work, data: bytes) -> bytes:
+    """The file with its mark, and its manifest where there is a key."""
+    kind, model = conversion.SOURCE_TYPE, work.model
+    return provenance.mark(data, maker=model.maker, source_type=kind, terms=work.terms, signer=model.signer)
 
 
 def _shows_label(job: ConvertJob, row: Sample) -> bool:

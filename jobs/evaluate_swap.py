@@ -4,10 +4,12 @@
     counterfake run evaluate-swap --set model=swap-faces --set faces=faces@3 --set detector=ensemble@champion
     counterfake run evaluate-swap --set model=swap-faces --set video=clip.mp4       also the flicker in this video
 
-Two nets are trained first on real pictures of the model's people: one tells them apart, one reads pose and expression
-(reading.py). Their own figures on held-out real pictures stand beside those of the swaps: they bound what can be
-measured. Procedural people are photographed anew, so that neither model nor readers have seen the pictures, and the true
-swap, mask, pose and expression are known; of others every third picture is held out from the readers, not from the model.
+Nets are trained first on real pictures of the model's people (reading.py): one tells them apart by the face alone, without
+hair, background and colour of the skin, which a swap leaves to its source by design; one by the whole crop, for
+comparison; one reads pose and expression. They are kept under `cache/readers` and used again for models of the same
+people. Their own figures on held-out real pictures stand beside those of the swaps: they bound what can be measured.
+Procedural people are photographed anew, so that neither model nor readers have seen the pictures, and the true swap, mask,
+pose and expression are known; of others every third picture is held out from the readers, not from the model.
 Leaves `runs/evaluations/<model>-<digest>-swap/` with swap.json, report.html and matrix.png, and the same in MLflow
 (experiment "evaluation").
 """
@@ -18,28 +20,30 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from counterfake import config, conversion, faces, images, media, predictor, provenance
+from counterfake import config, conversion, faces, images, media, predictor, provenance, verdicts
+from counterfake.blending import soft_mask
 from counterfake.conversion import ConversionConfig
 from counterfake.errors import ConfigError
 from counterfake.evaluation import report, swap
-from counterfake.evaluation.reading import Reader, ReadingConfig, recogniser, regressor
+from counterfake.evaluation.reading import Reader, ReadingConfig
 from counterfake.evaluation.report import Json, KeyFigures, Pictures, Section, Table, Text
 from counterfake.faces import Box, FaceDetector
+from counterfake.predictor import EnsemblePredictor
 from counterfake.records import Dataset
-from counterfake.sources.portrait import people
-from counterfake.sources.synthetic import portrait
 from counterfake.storage import write_atomic
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
 from jobs import evaluate, generate
 from jobs.console import Console
-from jobs.swap_studio import EXPRESSION, NEW, PARAMETERS, POSE, Photo, Studio, Swap, pictures
+from jobs.swap_readers import Readers
+from jobs.swap_studio import EXPRESSION, PARAMETERS, POSE, Photo, Studio, Swap, pictures
 
 Pixels = NDArray[np.uint8]
 
@@ -94,7 +98,8 @@ def run(job: EvaluateSwapJob, workspace: Workspace, *, console: Console | None =
     console.event(
         f"{len(gallery)} real pictures for the readers, {len(sources)} held out, {len(swaps)} swaps"
     )
-    figures = measure(job, studio, gallery, sources, swaps, console)
+    readers = Readers(workspace.cache / "readers", job.reading)
+    figures = measure(job, studio, gallery, sources, swaps, readers, console)
     figures |= _evasion(job, swaps, workspace) | _flicker(job, studio, model)
     matrix = _matrix(sources, swaps, len(studio.names))
     target = workspace.home / "evaluations" / f"{model.bundle.name}-{model.bundle.digest[:8]}-swap"
@@ -131,17 +136,19 @@ def measure(
     gallery: Sequence[Photo],
     sources: Sequence[Photo],
     swaps: Sequence[Swap],
+    readers: Readers,
     console: Console,
 ) -> dict[str, Any]:
     """Every figure by name. Those of pose, true swap and mask need procedural people."""
     own = studio.paint(sources, [photo.who for photo in sources])
     rebuilt, wanted = np.stack([face for face, _ in own]), studio.middle([photo.crop for photo in sources])
     figures: dict[str, Any] = {"reconstruction": swap.reconstruction(rebuilt, wanted)}
-    console.event("teach a net to tell the people apart")
-    figures["identity"] = _identity(job, studio, gallery, sources, swaps)
+    console.event("teach two nets to tell the people apart, one of them by the face alone")
+    figures["identity"] = _identity(job, studio, gallery, sources, swaps, readers)
     if studio.numbers:
         console.event("teach a net to read pose and expression")
-        figures |= _moves(job, studio, sources, rebuilt, swaps) | _truths(studio, sources, own, swaps)
+        figures |= _moves(job, studio, sources, rebuilt, swaps, readers)
+        figures |= _truths(studio, sources, own, swaps)
     else:
         figures |= _points(swaps)
     return figures
@@ -153,32 +160,58 @@ def _identity(
     gallery: Sequence[Photo],
     sources: Sequence[Photo],
     swaps: Sequence[Swap],
+    readers: Readers,
 ) -> dict[str, Any]:
-    """Top-1 of painted faces, of pasted ones, and of real held-out pictures, which is the most that can be found."""
-    known, count = studio.middle([photo.crop for photo in gallery]), len(studio.names)
-    who = np.array([photo.who for photo in gallery])
-    reader = recogniser(known, who, count, job.reading)
-    people_ = swap.centroids(reader.read(known), who, count)
-    target, source = np.array([s.target for s in swaps]), np.array([s.source.who for s in swaps])
-    pasted = [studio.preprocess.apply(s.picture, s.source.face.box, s.source.face.landmarks) for s in swaps]
+    """Top-1 of painted and of pasted faces, by the face alone; beside it what the whole crop says.
 
-    def named(shown: Pixels) -> NDArray[np.int64]:
-        return swap.nearest(reader.read(shown), people_)
-
-    real = named(studio.middle([photo.crop for photo in sources])) == [photo.who for photo in sources]
-    return {
-        "painted": swap.retrieval(named(np.stack([s.painted for s in swaps])), target, source, count),
-        "pasted": swap.retrieval(named(studio.middle(pasted)), target, source, count),
-        "real": float(real.mean()),
-        "reader_sha256": reader.sha256,
+    `pasted_true` (procedural people) is the true swap put back in the same way, `real` held-out pictures: the most that
+    can be found."""
+    shown = _shown(job, studio, swaps)
+    known, real = (studio.middle([photo.crop for photo in photos]) for photos in (gallery, sources))
+    views: dict[str, Callable[[Pixels], Pixels]] = {
+        "face": lambda faces_: swap.face_only(faces_, soft_mask(studio.net_config.size)),
+        "whole": lambda faces_: faces_,
     }
+    found, who = {}, np.array([photo.who for photo in gallery])
+    for view, seen in views.items():
+        reader, named = readers.people(seen(known), who, len(studio.names))
+        right_names = named(seen(real)) == [photo.who for photo in sources]
+        found[view] = {
+            **{kind: _retrieved(studio, named(seen(rows)), swaps) for kind, rows in shown.items()},
+            "real": float(right_names.mean()),
+            "reader_sha256": reader.sha256,
+        }
+    return {**found["face"], "whole": found["whole"]}
+
+
+def _shown(job: EvaluateSwapJob, studio: Studio, swaps: Sequence[Swap]) -> dict[str, Pixels]:
+    """(N, s, s, 3) of every swap as painted, as pasted back, and of the true swap pasted back."""
+    pasted = {"pasted": [s.picture for s in swaps]}
+    if studio.numbers:
+        pasted["pasted_true"] = [studio.pasted_true(s, job.conversion) for s in swaps]
+    cut = {
+        kind: [studio.cut(p, s.source.face) for p, s in zip(made, swaps, strict=True)]
+        for kind, made in pasted.items()
+    }
+    painted = np.stack([s.painted for s in swaps])
+    return {"painted": painted, **{kind: studio.middle(crops) for kind, crops in cut.items()}}
+
+
+def _retrieved(studio: Studio, named: NDArray[np.int64], swaps: Sequence[Swap]) -> dict[str, float]:
+    target, source = [s.target for s in swaps], [s.source.who for s in swaps]
+    return swap.retrieval(named, target, source, len(studio.names))
 
 
 def _moves(
-    job: EvaluateSwapJob, studio: Studio, sources: Sequence[Photo], rebuilt: Pixels, swaps: Sequence[Swap]
+    job: EvaluateSwapJob,
+    studio: Studio,
+    sources: Sequence[Photo],
+    rebuilt: Pixels,
+    swaps: Sequence[Swap],
+    readers: Readers,
 ) -> dict[str, Any]:
     """r of what is read off real pictures, reconstructions and swaps with the truth; ratios of swaps to reconstructions."""
-    reader = _pose_reader(job, studio, sources[0].pixels.shape[0])
+    reader = readers.poses(studio, job.strangers, sources[0].pixels.shape[0], job.seed)
     truth = np.array([photo.parameters for photo in sources])
     shown = {
         "real": (studio.middle([photo.crop for photo in sources]), truth),
@@ -205,17 +238,6 @@ def _compared(
     ratio = made / most if made is not None and most else None
     each = {kind: {name: r[name] for name in names} for kind, r in found.items()}
     return {**means, "ratio": ratio, "judged": list(names), "each": each, "reader_sha256": reader.sha256}
-
-
-def _pose_reader(job: EvaluateSwapJob, studio: Studio, size: int) -> Reader:
-    """Taught by strangers, so that it cannot know what the people usually look like."""
-    crops, values = [], []
-    for person in range(NEW, NEW + job.strangers):
-        for picture in range(2):
-            made, shot = portrait(job.seed, person, picture, size), people.shot(job.seed, person, picture)
-            crops.append(studio.preprocess.apply(made.pixels, made.face_box, made.landmarks))
-            values.append([getattr(shot, name) for name in PARAMETERS])
-    return regressor(studio.middle(crops), np.array(values), job.reading)
 
 
 def _truths(
@@ -248,7 +270,8 @@ def _points(swaps: Sequence[Swap]) -> dict[str, Any]:
 
 
 def _evasion(job: EvaluateSwapJob, swaps: Sequence[Swap], workspace: Workspace) -> dict[str, Any]:
-    """Share of the pasted swaps, encoded like their sources, that the detector does not call fake."""
+    """Share of the pasted swaps, encoded like their sources, that the detector does not call fake: by `threshold`, and of
+    an ensemble also by the verdict that it serves, which may be uncertain."""
     if not job.detector:
         return {}
     judge = predictor.load(evaluate.resolve(job.detector, workspace))
@@ -256,13 +279,13 @@ def _evasion(job: EvaluateSwapJob, swaps: Sequence[Swap], workspace: Workspace) 
     scores = np.concatenate(
         [judge.predict([judge.decode(data) for data in files[i : i + 32]]) for i in range(0, len(files), 32)]
     )
-    return {
-        "evasion": {
-            **swap.evasion(scores, job.threshold),
-            "detector": judge.name,
-            "digest": judge.bundle.digest,
-        }
-    }
+    found = {**swap.evasion(scores, job.threshold), "detector": judge.name, "digest": judge.bundle.digest}
+    if isinstance(judge, EnsemblePredictor):
+        shown = [verdicts.Picture(id="", path=str(number), data=data) for number, data in enumerate(files)]
+        with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
+            words = [answer["verdict"] for answer in verdicts.judge(judge, shown, pool)]
+        found["served"] = swap.served_evasion(words)
+    return {"evasion": found}
 
 
 def _flicker(job: EvaluateSwapJob, studio: Studio, model: generate.Model) -> dict[str, Any]:
@@ -282,8 +305,10 @@ def said(figures: Mapping[str, Any]) -> list[str]:
     """The figures in a few lines."""
     who, rebuilt = figures["identity"], figures["reconstruction"]
     lines = [
-        f"taken for the target: {who['painted']['target']:.1%} as painted, {who['pasted']['target']:.1%} pasted back"
-        f" (chance {who['painted']['chance']:.1%}, real pictures {who['real']:.1%}); for the source: {who['painted']['source']:.1%}",
+        f"taken for the target by the face: {who['painted']['target']:.1%} as painted, {who['pasted']['target']:.1%} pasted"
+        f" back (chance {who['painted']['chance']:.1%}, {_most(who)}); for the source: {who['painted']['source']:.1%}",
+        f"by the whole crop, which shows the source's hair and background: {who['whole']['painted']['target']:.1%} as painted,"
+        f" {who['whole']['pasted']['target']:.1%} pasted back",
         f"reconstruction: SSIM {rebuilt['ssim']:.3f}, mean error {rebuilt['mae']:.4f}",
     ]
     for kind in ("pose", "expression"):
@@ -298,9 +323,26 @@ def said(figures: Mapping[str, Any]) -> list[str]:
         )
     if "evasion" in figures:
         lines.append(
-            f"{figures['evasion']['value']:.1%} are not called fake by {figures['evasion']['detector']}"
+            f"{figures['evasion']['value']:.1%} are not called fake by {figures['evasion']['detector']}{_served(figures)}"
         )
     return lines
+
+
+def _served(figures: Mapping[str, Any]) -> str:
+    served = figures["evasion"].get("served")
+    return (
+        f" at {figures['evasion']['threshold']:g}; served verdicts: {served['value']:.1%} are not fake, {served['uncertain']} of {served['n']} uncertain"
+        if served
+        else ""
+    )
+
+
+def _most(who: Mapping[str, Any]) -> str:
+    """What a perfect network would get, as far as that is known."""
+    real = f"real pictures {who['real']:.1%}"
+    return (
+        f"{real}, true swaps pasted back {who['pasted_true']['target']:.1%}" if "pasted_true" in who else real
+    )
 
 
 # -- report ---------------------------------------------------------------------------------------------------------
@@ -351,6 +393,7 @@ def _page(job: EvaluateSwapJob, model: generate.Model, tree: Mapping[str, Any], 
     rows = [[name.strip("_"), value] for name, value in scalars(figures, "").items()]
     key = [
         ("Taken for the target", f"{who['painted']['target']:.1%}", f"chance {who['painted']['chance']:.1%}"),
+        ("Pasted back", f"{who['pasted']['target']:.1%}", "taken for the target"),
         ("Taken for the source", f"{who['painted']['source']:.1%}", "identity that leaks through"),
         ("Reader on real pictures", f"{who['real']:.1%}", "the most that can be measured"),
         ("Reconstruction", f"{figures['reconstruction']['ssim']:.3f}", "SSIM"),

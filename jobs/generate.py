@@ -8,7 +8,8 @@
 A generator is sampled; a face-swap model puts another person's face into pictures of `faces`. Every row says what made
 it (`maker`, e.g. dcgan-faces@3) and every file is marked as generated (IPTC DigitalSourceType). Files are encoded in the
 formats and JPEG qualities of the real ones, so that a detector cannot tell them apart by that: a swap exactly like the
-picture it was made from. A swap stays in the split of that picture. The same job makes the same bytes.
+picture it was made from. A swap stays in the split of that picture. The same job makes the same bytes; only files that are
+also signed (`sign.certificate`, `sign.key`, see signing.py) differ, by their manifests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,18 +28,19 @@ from numpy.typing import NDArray
 
 from counterfake import bundle as bundles
 from counterfake import images, media, provenance
-from counterfake.blending import paste
+from counterfake.blending import Blending
 from counterfake.config import digest, from_dict, to_dict
+from counterfake.conversion import SOURCE_TYPE, Painter
 from counterfake.errors import ConfigError, DataError
+from counterfake.faces import Face
 from counterfake.forensics.benford import quantisation_table
 from counterfake.images import Preprocess
-from counterfake.learners.faceswap import swap
 from counterfake.nets import NetConfig
 from counterfake.nets.swap_family import SwapFamily
 from counterfake.records import Dataset, Report, Sample, Version, write_version
 from counterfake.registry import Registry
 from counterfake.workspace import Workspace
-from jobs import consent
+from jobs import consent, signing
 from jobs.console import Console
 
 if TYPE_CHECKING:
@@ -59,11 +61,15 @@ class GenerateJob:
     purpose: Literal["", "detector-training"] = (
         ""  # of swaps: allows faces of consent research, never exported
     )
+    blending: Blending = dataclasses.field(default_factory=Blending)  # how swapped faces are pasted
     like: str = ""  # dataset whose formats and qualities are copied; "" = the one the model was trained on
     size: int = 0  # side of generated pictures, pixels; 0 = as the generator makes them
     truncation: float = 0.0  # noise beyond so many standard deviations is drawn again; 0 = never
     batch: int = 64  # pictures at a time
     seed: int = 0
+    sign: provenance.Signing = dataclasses.field(
+        default_factory=provenance.Signing
+    )  # C2PA key for every file
 
     def __post_init__(self) -> None:
         if not self.model or not self.into:
@@ -86,6 +92,7 @@ class Model(NamedTuple):
     bundle: bundles.Bundle
     net: Any
     maker: str
+    signer: provenance.Signer | None = None  # of the files it makes
 
     @property
     def preprocess(self) -> Preprocess:
@@ -114,7 +121,8 @@ def run(
         converted: dict[str, Any] = _convert().run(job, workspace, console=console)
         return converted
     started, report = time.monotonic(), Report()
-    model = load(job.model, workspace)
+    signer = signing.signer(job.sign)
+    model = load(job.model, workspace)._replace(signer=signer)
     make = {"generator": generated, "faceswap": swapped}.get(model.bundle.kind)
     if make is None:
         raise ConfigError(
@@ -199,7 +207,7 @@ def _from_noise(
                 chosen = encodings[int(np.random.default_rng([job.seed, index]).integers(len(encodings)))]
                 box = face_box(len(pixels), model.preprocess, rows)
                 method = "generator" if box else None
-                data = _write(pixels, chosen, model.maker, "trainedAlgorithmicMedia")
+                data = _write(pixels, chosen, model, "trainedAlgorithmicMedia")
                 attributes = {
                     "format": chosen.format,
                     "quality": chosen.quality,
@@ -265,7 +273,9 @@ def swapped(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Itera
     consent.require(used, job.purpose)
     info = model.bundle.info
     facts = {_swap_source(model, name): consent.marked(known, model=info) for name, known in used.items()}
-    return _swaps(job, model, dataset, version, cast, set(chosen)), facts
+    config = model.swap_config
+    painters = [Painter(model.net, config, model.preprocess, name) for name in config.identities]
+    return _swaps(_Swapping(job, model, cast, painters, facts), dataset, version, set(chosen)), facts
 
 
 class Cast:
@@ -312,60 +322,62 @@ def choose(job: GenerateJob, dataset: Dataset, version: Version, cast: Cast) -> 
     return {identifier: eligible[identifier] for identifier in ordered[:wanted]}
 
 
-def _swaps(
-    job: GenerateJob, model: Model, dataset: Dataset, version: Version, cast: Cast, chosen: set[str]
-) -> Iterator[Sample]:
+class _Swapping(NamedTuple):
+    """What every swap of a job needs."""
+
+    job: GenerateJob
+    model: Model
+    cast: Cast
+    painters: list[Painter]  # of each person
+    facts: Mapping[str, Mapping[str, Any]]  # of each source of swaps
+
+
+def _swaps(how: _Swapping, dataset: Dataset, version: Version, chosen: set[str]) -> Iterator[Sample]:
     pending: list[Sample] = []
     for split in version.splits:
         for sample in dataset.samples(version, split):
             if sample.id in chosen:
                 pending.append(dataclasses.replace(sample, split=split))
-            if len(pending) == job.batch:
-                yield from _swap_batch(job, model, cast, pending)
+            if len(pending) == how.job.batch:
+                yield from _swap_batch(how, pending)
                 pending = []
-    yield from _swap_batch(job, model, cast, pending) if pending else ()
+    yield from _swap_batch(how, pending) if pending else ()
 
 
-def _swap_batch(job: GenerateJob, model: Model, cast: Cast, samples: list[Sample]) -> Iterator[Sample]:
-    config = model.swap_config
-    pictures = [media.decode_trusted(sample.media) for sample in samples]
-    crops = [model.preprocess.apply(p, s.face_box) for p, s in zip(pictures, samples, strict=True)]
-    wearers = [cast.choose(str(sample.split), sample, job.seed) for sample in samples]
-    faces = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    own = torch.tensor(
-        [cast.index(sample.identity, wearer) for sample, wearer in zip(samples, wearers, strict=True)]
-    )
-    painted = swap(model.net, config, faces, torch.tensor(wearers), own).permute(0, 2, 3, 1).numpy()
-    for row in zip(samples, pictures, painted, wearers, strict=True):
-        yield _composed(model, config, *row)
+def _swap_batch(how: _Swapping, samples: list[Sample]) -> Iterator[Sample]:
+    """Cut, painted, masked and blended as `convert` does it, by the points of a face where they are known."""
+    wearers = [how.cast.choose(str(sample.split), sample, how.job.seed) for sample in samples]
+    given = [(media.decode_trusted(sample.media), [_face(sample)]) for sample in samples]
+    made: dict[int, NDArray[np.uint8]] = {}
+    for wearer in sorted(set(wearers)):
+        rows = [row for row, who in enumerate(wearers) if who == wearer]
+        shown = [how.cast.index(samples[row].identity, wearer) for row in rows]
+        painted = how.painters[wearer].convert([given[row] for row in rows], how.job.blending, shown)
+        made |= dict(zip(rows, painted, strict=True))
+    for row, (sample, wearer) in enumerate(zip(samples, wearers, strict=True)):
+        yield _composed(how, sample, made[row], how.cast.identities[wearer])
 
 
-def _composed(
-    model: Model,
-    config: SwapFamily,
-    sample: Sample,
-    picture: NDArray[np.uint8],
-    painted: NDArray[np.uint8],
-    wearer: int,
-) -> Sample:
-    """One swap as a row: the painted face in the picture, encoded like the picture."""
-    assert sample.face_box is not None
-    crop = model.preprocess
-    pixels = paste(
-        picture, painted, sample.face_box, margin=crop.margin, coverage=config.coverage, side=crop.size
-    )
-    target = config.identities[wearer]
-    attributes = {**sample.attributes, "swapped_from": sample.id, "target_identity": target}
+def _face(sample: Sample) -> Face:
+    assert sample.face_box is not None, "`choose` takes rows with a face_box only"
+    flat = sample.landmarks or []
+    return Face(sample.face_box, 1.0, list(zip(flat[::2], flat[1::2], strict=True)) or None)
+
+
+def _composed(how: _Swapping, sample: Sample, pixels: NDArray[np.uint8], target: str) -> Sample:
+    """One swap as a row, encoded like the picture it was made from."""
+    model, source = how.model, _swap_source(how.model, sample.source)
+    terms = consent.TERMS if how.facts[source].get("export") is False else ""
     return dataclasses.replace(
         sample,
         id="",
-        image=_write(pixels, encoding(sample.media), model.maker, "compositeWithTrainedAlgorithmicMedia"),
+        image=_write(pixels, encoding(sample.media), model, SOURCE_TYPE, terms),
         pixels=None,
         path=f"{model.maker}/{sample.path}",
         fake=1,
         maker=model.maker,
-        source=_swap_source(model, sample.source),
-        attributes=attributes,
+        source=source,
+        attributes={**sample.attributes, "swapped_from": sample.id, "target_identity": target},
     )
 
 
@@ -392,10 +404,14 @@ def encoding(data: bytes) -> Encoding:
 
 
 def _write(
-    pixels: NDArray[np.uint8], chosen: Encoding, maker: str, source_type: provenance.SourceType
+    pixels: NDArray[np.uint8],
+    chosen: Encoding,
+    model: Model,
+    source_type: provenance.SourceType,
+    terms: str = "",
 ) -> bytes:
     data = media.encode(pixels, chosen.format, chosen.quality)
-    return provenance.mark(data, maker=maker, source_type=source_type)
+    return provenance.mark(data, maker=model.maker, source_type=source_type, terms=terms, signer=model.signer)
 
 
 def _like(job: GenerateJob, model: Model, workspace: Workspace) -> tuple[Dataset, Version]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ from counterfake.records import Dataset, Sample
 from counterfake.sources.portrait import people
 from counterfake.sources.synthetic import SyntheticSource, portrait, render
 from jobs import generate
+
+logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
@@ -125,6 +128,12 @@ class Studio:
                 found.append(Swap(source=photo, target=target, painted=face, mask=mask, picture=picture))
         return found
 
+    def pasted_true(self, made: Swap, how: ConversionConfig) -> Pixels:
+        """(H, W, 3) the source's picture with the true swap pasted as the painted one was: what a perfect network gives."""
+        move = conversion.window(made.source.face, made.source.pixels, self.preprocess)
+        place = self.painters[made.target].place(move)
+        return compose(made.source.pixels, self.true_swap(made), place, made.mask, how.blending)
+
     def true_swap(self, made: Swap) -> Pixels:
         """(s, s, 3) the target person in the source's pose, expression and light, cut where the source was cut."""
         assert made.source.shot is not None, "only procedural people have a true swap"
@@ -167,14 +176,19 @@ def pictures(
 def _found(studio: Studio, dataset: Dataset, most: int) -> dict[int, list[Photo]]:
     version = dataset.version(dataset.pinned)
     found: dict[int, list[Photo]] = collections.defaultdict(list)
+    faceless = 0
     for split in version.splits:
         for sample in dataset.samples(version, split):
             if sample.fake != 1 and sample.identity in studio.names:
                 who = studio.names.index(sample.identity)
-                if len(found[who]) < most:
+                faceless += sample.face_box is None
+                if len(found[who]) < most and sample.face_box is not None:
                     found[who].append(studio.photo(sample))
+    if faceless:
+        logger.warning("%s: %d rows have no face_box and are left out", dataset.name, faceless)
     if few := [name for who, name in enumerate(studio.names) if len(found[who]) < 2]:
         raise DataError(
-            f"{dataset.name} has fewer than two real pictures of {', '.join(few[:8])}; name another dataset with --set faces=…"
+            f"{dataset.name} has fewer than two real pictures with a face of {', '.join(few[:8])}"
+            f" ({faceless} rows have no face_box); name another dataset with --set faces=…"
         )
     return found

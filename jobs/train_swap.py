@@ -20,7 +20,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from counterfake.data import DataConfig
+import numpy as np
+
+from counterfake import labels
+from counterfake.data import DataConfig, chosen
 from counterfake.errors import ConfigError, DataError
 from counterfake.images import Preprocess
 from counterfake.learners.faceswap import MIN_PICTURES, FaceSwapConfig
@@ -39,7 +42,6 @@ from counterfake.nets.swap_dfl import SwapDfConfig, SwapLiaeConfig
 from counterfake.nets.swap_discriminator import SwapDiscriminatorConfig
 from counterfake.nets.swap_family import SwapFamily
 from counterfake.records import Dataset
-from counterfake.versions import fits
 from counterfake.workspace import Workspace
 from jobs import consent
 from jobs.console import Console
@@ -75,7 +77,7 @@ def with_people(job: TrainJob, workspace: Workspace) -> TrainJob:
         few = [f"{name} ({counts[name]})" for name in people if counts[name] < MIN_PICTURES]
         if few:
             raise DataError(
-                f"each person needs {MIN_PICTURES} pictures; too few of {', '.join(few)} in {job.data.uri}"
+                f"each person needs {MIN_PICTURES} pictures with a face; too few of {', '.join(few)} in {job.data.uri}"
             )
     else:
         ranked = sorted(counts, key=lambda name: (-counts[name], name))
@@ -84,7 +86,7 @@ def with_people(job: TrainJob, workspace: Workspace) -> TrainJob:
         )
     if len(people) < 2:
         raise DataError(
-            f"face swapping needs two people with {MIN_PICTURES} pictures each; {job.data.uri} split {job.data.split} has"
+            f"face swapping needs two people with {MIN_PICTURES} pictures of their faces each; {job.data.uri} split {job.data.split} has"
             f" {len(counts)} people with {max(counts.values(), default=0)} pictures at most; ingest one folder per person, or more of each"
         )
     where = {**job.data.where, "identity": people}
@@ -92,18 +94,16 @@ def with_people(job: TrainJob, workspace: Workspace) -> TrainJob:
 
 
 def pictures_per_person(data: DataConfig, workspace: Workspace) -> Counter[str]:
-    """Rows of each identity in the split, of those that the other filters let through; from the manifest alone."""
-    dataset = Dataset.open(workspace.dataset(data.uri))
-    rules = {name: value for name, value in data.where.items() if name in ("fake", "maker", "class_id")}
-    counts: Counter[str] = Counter()
-    for row in dataset.version(dataset.pinned).counts:
-        if (
-            data.split in ("*", row["split"])
-            and row["identity"] is not None
-            and all(fits(row[k], v) for k, v in rules.items())
-        ):
-            counts[row["identity"]] += row["rows"]
-    return counts
+    """Rows of each identity in the split that can be trained on: with a face, and let through by the other filters.
+
+    Raises DataError if no row has a face."""
+    dataset = Dataset.open(workspace.dataset(data.uri), cache=workspace.cache)
+    version = dataset.version(dataset.pinned)
+    others = {name: value for name, value in data.where.items() if name != "identity"}
+    keep, _ = chosen(dataset, version, dataclasses.replace(data, where=others))
+    found = labels.read(dataset, version, data.split, "identity")
+    codes, rows = np.unique(found.codes[keep & (found.codes >= 0)], return_counts=True)
+    return Counter({found.values[code]: int(count) for code, count in zip(codes, rows, strict=True)})
 
 
 # -- presets --------------------------------------------------------------------------------------------------------
@@ -161,7 +161,8 @@ def swap_unet_small() -> TrainJob:
 def swap_mask_gan() -> TrainJob:
     """faceswap-GAN v2.2: masks, a critic, 40,000 updates of 8 faces per person; a perceptual file joins after a fifth.
 
-    `--set learner.losses.perceptual_weights=FILE --set learner.losses.perceptual=[.01,.1,.3,.1]`."""
+    `--set learner.losses.perceptual_weights=FILE --set learner.losses.perceptual=[.01,.1,.3,.1]`, a ResNet-50; ImageNet's
+    MobileNetV2 with `--set learner.losses.perceptual_net=mobilenetv2`."""
     learner = FaceSwapConfig(
         net=SwapMaskConfig(),
         losses=MASK_GAN,
@@ -182,7 +183,9 @@ def swap_mask_gan_small() -> TrainJob:
         phases=(
             Phase(images=64_000),
             Phase(images=32_000, warp=False),
-            Phase(warp=False, adversarial=1.0, lr_scale=0.5),
+            Phase(
+                warp=False, adversarial=1.0, perceptual=1.0, lr_scale=0.5
+            ),  # perceptual: where a file is set
         ),
     )
     return _small("swap-mask-gan-small", learner)
@@ -258,26 +261,26 @@ def _faces(uri: str, *, side: int, margin: float, batch_size: int) -> DataConfig
 
 
 def _full(name: str, learner: FaceSwapConfig, *, steps: int = 200_000, batch_size: int = 128) -> TrainJob:
-    """A design as it was published: for a GPU and a day."""
+    """A design as it was published: for a GPU and a day; a checkpoint every 100 updates, as in 2017."""
     side = round(160 * learner.net.size / 64)
     return TrainJob(
         name=name,
         task="faceswap",
         data=_faces("faces", side=side, margin=1.75, batch_size=batch_size),
         learner=learner,
-        loop=LoopConfig(steps=steps, tick_steps=100, checkpoint_every_ticks=5, preview_every_ticks=10),
+        loop=LoopConfig(steps=steps, tick_steps=100, checkpoint_every_ticks=1, preview_every_ticks=10),
         register_as=name,
     )
 
 
 def _saehd(name: str, net: SwapFamily) -> TrainJob:
-    """3.2 M images at 128 px: bent, straight, then against a critic."""
+    """3.2 M images at 128 px: bent, straight with lr_dropout, then against a critic. What differs from SAEHD: nets/swap_dfl.py."""
     phases = (
         Phase(images=1_600_000),
-        Phase(images=800_000, warp=False),
-        Phase(warp=False, adversarial=1.0),
+        Phase(images=800_000, warp=False, lr_dropout=0.3),
+        Phase(warp=False, lr_dropout=0.3, adversarial=1.0),
     )
-    learner = FaceSwapConfig(net=net, losses=SAEHD, phases=phases, people=2)
+    learner = FaceSwapConfig(net=net, losses=SAEHD, phases=phases, people=2, adam_eps=1e-7)
     return _full(name, learner, steps=200_000, batch_size=16)
 
 

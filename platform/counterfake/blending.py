@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.fft import dstn, idstn
 
 from counterfake.errors import ConfigError
-from counterfake.faces import Box, crop_box
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -47,36 +46,6 @@ class Blending:
             raise ConfigError(
                 f"erode and blur must lie in [0, 0.5) of the face, got {self.erode:g} and {self.blur:g}"
             )
-
-
-def paste(
-    picture: Pixels,
-    painted: Pixels,
-    face_box: Box,
-    *,
-    margin: float,
-    coverage: float,
-    side: int,
-    blending: Blending | None = None,
-) -> Pixels:
-    """picture (H, W, 3) with painted (s, s, 3) over its face -> a new picture (H, W, 3).
-
-    margin: of the face crop; coverage: share of the crop that was painted; side: pixels of the crop the net was given.
-    """
-    height, width = picture.shape[:2]
-    place = placement(face_box, (width, height), len(painted), margin=margin, coverage=coverage, side=side)
-    return compose(picture, painted, place, soft_mask(len(painted)), blending or Blending())
-
-
-def placement(
-    face_box: Box, image_size: tuple[int, int], painted: int, *, margin: float, coverage: float, side: int
-) -> Place:
-    """Affine matrix (2, 3) from pixels of the painted square to pixels of the picture; inverse of crop and centre."""
-    left, top, right, _ = crop_box(face_box, margin, image_size)
-    crop = right - left
-    scale = coverage * crop / painted
-    start = ((1 - coverage) / 2 * side + 0.5) * crop / side - 0.5
-    return np.array([[scale, 0, left + start], [0, scale, top + start]])
 
 
 def compose(picture: Pixels, painted: Pixels, place: Place, mask: Floats, blending: Blending) -> Pixels:

@@ -8,6 +8,7 @@ another name: what disturbs it may change no bit of its weights.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -27,10 +28,17 @@ from numpy.typing import NDArray
 from counterfake.config import to_dict
 from counterfake.data import DataConfig
 from counterfake.images import Preprocess
+from counterfake.learners import LearnerConfig
+from counterfake.learners.faceswap import FaceSwapConfig
 from counterfake.learners.gan import GanConfig
+from counterfake.learners.phases import Phase
+from counterfake.learners.swap_losses import SwapLosses
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
+from counterfake.nets.swap import SwapMaskConfig
+from counterfake.nets.swap_discriminator import SwapDiscriminatorConfig
 from counterfake.records import Sample, SplitRule, write_version
+from counterfake.sources.synthetic import SyntheticSource
 from counterfake.tracking import Tracker
 from counterfake.workspace import Workspace
 from tests.conftest import ROOT
@@ -215,13 +223,34 @@ def digits() -> NDArray[np.uint8]:
     return (255 * np.exp(-distance / 30)).astype(np.uint8)[..., None]
 
 
-def job(name: str, **loop: Any) -> TrainJob:
-    preprocess = Preprocess(size=28, channels=1)
+def gan() -> tuple[LearnerConfig, DataConfig]:
+    learner = GanConfig(generator=DcganGenerator.tiny(), discriminator=DcganDiscriminator.tiny())
+    return learner, DataConfig(uri="digits", preprocess=Preprocess(size=28, channels=1))
+
+
+def swap() -> tuple[LearnerConfig, DataConfig]:
+    """A mask network of three people: bent, then straight against its critic."""
+    learner = FaceSwapConfig(
+        net=SwapMaskConfig.tiny().with_identities(()),
+        critic=SwapDiscriminatorConfig.tiny(),
+        losses=SwapLosses(edge=0.1, eyes=3.0, mask=1.0, adversarial=0.1),
+        phases=(Phase(images=STEPS // 2 * BATCH), Phase(warp=False, adversarial=1.0)),
+        lr=1e-3,
+    )
+    preprocess = Preprocess(size=24, crop="face", margin=1.4)
+    return learner, DataConfig(uri="faces", preprocess=preprocess, landmarks=True)
+
+
+LEARNERS = {"gan": gan, "swap": swap}
+
+
+def job(name: str, kind: str = "gan", **loop: Any) -> TrainJob:
+    learner, data = LEARNERS[kind]()
     return TrainJob(
         name=name,
-        task="gan",
-        data=DataConfig(uri="digits", batch_size=BATCH, lanes=6, preprocess=preprocess, threads=1),
-        learner=GanConfig(generator=DcganGenerator.tiny(), discriminator=DcganDiscriminator.tiny()),
+        task="gan" if kind == "gan" else "faceswap",
+        data=dataclasses.replace(data, batch_size=BATCH, lanes=6, threads=1),
+        learner=learner,
         loop=LoopConfig(steps=STEPS, tick_steps=TICK, preview_every_ticks=0, threads=1, **loop),
         workers=NODES,
     )
@@ -250,6 +279,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         Workspace.at(home).dataset("digits"), samples, sources=sources, splits=SplitRule(), rows_per_batch=8
     )
     (faults / "sitecustomize.py").write_text(HOOK)
+    people = SyntheticSource(identities=3, per_identity=16, size=32)
+    facts, splits = {people.label: sources["digits"]}, SplitRule(fractions={"train": 1.0})
+    uri = Workspace.at(home).dataset("faces")
+    write_version(uri, people.samples(), sources=facts, splits=splits, rows_per_batch=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(faults))  # nodes and workers inherit it
         patch.setenv("FAULTS", str(faults))
@@ -267,8 +300,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Place) -> dict[str, Any]:
-    return place.driver.run(job("undisturbed"))
+def quiet(place: Place) -> Callable[[str], dict[str, Any]]:
+    """The result of a job of each kind that nothing disturbs, run once."""
+    return functools.cache(lambda kind: place.driver.run(job(f"undisturbed-{kind}", kind)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quiet: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return quiet("gan")
 
 
 def same(result: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
@@ -276,8 +315,11 @@ def same(result: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
     return all(result[key] == undisturbed[key] for key in ("weights_digest", "metrics", "steps", "images"))
 
 
-def test_three_nodes_train_with_one_worker_each(place: Place, undisturbed: dict[str, Any]) -> None:
-    assert (undisturbed["steps"], undisturbed["images"]) == (STEPS, STEPS * BATCH)
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_three_nodes_train_with_one_worker_each(
+    place: Place, quiet: Callable[[str], dict[str, Any]], kind: str
+) -> None:
+    assert (quiet(kind)["steps"], quiet(kind)["images"]) == (STEPS, STEPS * BATCH)
     assert len(place.cluster.list_all_nodes()) == NODES
 
 
@@ -309,9 +351,13 @@ def test_a_hung_worker_is_found_and_replaced(place: Place, undisturbed: dict[str
     assert stopped not in {pid for pid, _, _ in processes()}
 
 
-def test_a_killed_node_changes_no_bit(place: Place, undisturbed: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_killed_node_changes_no_bit(
+    place: Place, quiet: Callable[[str], dict[str, Any]], kind: str
+) -> None:
     """TR-2: at most 60 s after a node is there again."""
-    place.driver.send(job("node"))
+    undisturbed = quiet(kind)
+    place.driver.send(job(f"node-{kind}", kind))
     place.driver.reach(2 * TICK)
     victim = sorted(place.cluster.worker_nodes, key=lambda node: node.unique_id)[0]
     place.cluster.remove_node(victim, allow_graceful=False)

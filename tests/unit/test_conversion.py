@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from counterfake import conversion, faces, provenance, video
-from counterfake.blending import Blending, placement
+from counterfake.blending import Blending
 from counterfake.conversion import ConversionConfig, Painter, Positions
 from counterfake.errors import ConfigError, DataError, MediaError
 from counterfake.faces import Face, Sight, Track, moved
@@ -75,8 +75,10 @@ def test_a_window_on_whole_pixels_is_the_crop_training_saw_and_the_place_its_inv
     assert np.linalg.inv(np.vstack([move, [0, 0, 1]])) @ [[0, 40], [0, 40], [1, 1]] == pytest.approx(
         np.array([[20, 90], [10, 80], [1, 1]])
     )
-    expected = placement(box, SIZE, 16, margin=1.4, coverage=0.8, side=40)
-    assert one.place(move) == pytest.approx(expected)
+    # 16 painted pixels over 0.8 x 70; the middle of the first reads half a pixel of 40 into them, as `centre` does
+    assert one.place(move) == pytest.approx(
+        np.array([[3.5, 0, 20 + 4.5 * 1.75 - 0.5], [0, 3.5, 10 + 4.5 * 1.75 - 0.5]])
+    )
 
 
 @pytest.mark.parametrize("crop", ["face", "aligned"])

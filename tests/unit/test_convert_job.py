@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from counterfake.nets.swap import SwapConfig
 from counterfake.records import Dataset
 from counterfake.sources.synthetic import portrait
 from counterfake.workspace import Workspace
-from jobs import convert, generate, preset
+from jobs import consent, convert, generate, preset
 from jobs.convert import ConvertJob
 
 FREE = {"faces": {"licence": "CC0-1.0", "consent": "synthetic"}}
@@ -113,6 +115,22 @@ def test_a_picture_becomes_a_picture(
         assert generate.encoding(data).quality == 80
 
 
+def test_with_a_key_films_pictures_and_rows_are_signed_and_unsigned_ones_made_anew(
+    talk: Path, swapper: Path, tmp_path: Path, workspace: Workspace, credentials: Callable[..., Any]
+) -> None:
+    files = credentials("ed25519")
+    made = job(talk, swapper, tmp_path / "out.mp4", into_dataset="swaps", licence="CC0-1.0", label=False)
+    convert.run(dataclasses.replace(made, into_dataset=""), workspace)
+    signed = config.override(made, {"sign.certificate": files.certificate, "sign.key": files.key})
+    assert not convert.run(signed, workspace)["made"][0]["reused"]
+    assert provenance.read((tmp_path / "out.mp4").read_bytes()).c2pa_state == "Valid"
+    dataset = Dataset.open(workspace.dataset("swaps"))
+    rows = [s for split in dataset.version().splits for s in dataset.samples(None, split)]
+    assert rows
+    assert {provenance.read(row.media).c2pa_state for row in rows} == {"Valid"}
+    assert convert.run(dataclasses.replace(signed, into_dataset=""), workspace)["made"][0]["reused"]
+
+
 def test_a_folder_is_converted_and_what_has_no_face_is_named(
     talk: Path, swapper: Path, tmp_path: Path, workspace: Workspace
 ) -> None:
@@ -184,7 +202,7 @@ def test_research_data_is_marked_and_never_exported(
     }
     result = convert.run(job(talk, swapper, tmp_path / "out.mp4", **settings), workspace)
     assert b"not for export" in (tmp_path / "out.mp4").read_bytes()
-    assert result["terms"] == convert.TERMS
+    assert result["terms"] == consent.TERMS
     assert [f["export"] for f in Dataset.open(workspace.dataset("s")).version().sources.values()] == [False]
 
 
@@ -196,7 +214,7 @@ def test_a_model_of_research_data_needs_the_purpose_and_binds_what_it_makes(
     with pytest.raises(DataError, match="lab"):
         convert.run(job(talk, model, tmp_path / "out.mp4"), workspace)
     made = convert.run(job(talk, model, tmp_path / "out.mp4", purpose="detector-training"), workspace)
-    assert made["terms"] == convert.TERMS
+    assert made["terms"] == consent.TERMS
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ from counterfake.config import override
 from counterfake.data import Batch
 from counterfake.errors import CheckpointError, CollapseError, ConfigError, DataError
 from counterfake.learners import LearnerContext
-from counterfake.learners.faceswap import FaceSwapConfig, FaceSwapLearner, swap, swap_with_mask
+from counterfake.learners.faceswap import (
+    FaceSwapConfig,
+    FaceSwapLearner,
+    _match_colour,
+    swap,
+    swap_with_mask,
+)
 from counterfake.learners.phases import Phase
 from counterfake.learners.swap_guard import Guard
 from counterfake.learners.warp import WarpConfig, _Move, centre, coordinates, pairs, sample
@@ -419,12 +425,63 @@ def test_a_phase_decides_bending_rate_and_adversary() -> None:
     assert seen == [(True, 2e-3, False)] * 3 + [(False, 1e-3, False)] * 2 + [(False, 2e-3, True)] * 2
 
 
+def test_lr_dropout_lets_a_random_share_of_the_weights_take_part() -> None:
+    """Those that do change as without it; which ones follows from the step alone."""
+    whole, some, again = (make_learner(phases=[{"lr_dropout": share}]) for share in (1.0, 0.3, 0.3))
+
+    def weights(learner: FaceSwapLearner) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in learner.net.parameters()])
+
+    before = weights(some)
+    for learner in (whole, some, again):
+        run(learner, 0, 1)
+    full, part, twin = (weights(learner) - before for learner in (whole, some, again))
+    moved = part != 0
+    assert float(moved.sum() / (full != 0).sum()) == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(part[moved], full[moved])
+    assert torch.equal(part, twin)
+    run(some, 1, 2)
+    assert ((weights(some) != before + part) != moved).any()  # others the next time
+    with pytest.raises(ConfigError, match="lr_dropout must lie in"):
+        make_learner(phases=[{"lr_dropout": 0.0}])
+
+
+def test_matching_colours_gives_everyone_the_mean_of_the_batch() -> None:
+    """Means .2 (three rows) and .6 (one row): .3 over all rows, so the first move by .1 and the other by -.3."""
+    faces = torch.tensor([0.1, 0.2, 0.3, 0.6]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    made = _match_colour(faces, torch.tensor([0, 0, 0, 2]), 3)
+    expected = torch.tensor([0.2, 0.3, 0.4, 0.3]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    torch.testing.assert_close(made, expected)
+
+
+def test_a_phase_turns_the_perceptual_term_of_imagenets_mobilenetv2_on(shared_data: Path) -> None:
+    file = shared_data / "weights" / "mobilenet_v2_imagenet_fp16.pth"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    settings = {
+        "losses.perceptual": [0.01, 0.1, 0.3, 0.1], "losses.perceptual_weights": str(file),
+        "losses.perceptual_net": "mobilenetv2", "phases": [{"images": 12}, {"perceptual": 1.0}],
+        "net.size": 32, "net.coverage": 1.0,
+    }  # fmt: skip
+    learner = make_learner(**settings)
+    assert "loss_perceptual" not in learner.step(make_batch(0))
+    before = learner.perceptual.net.state_dict()["0.0.weight"].clone()
+    metrics = learner.step(make_batch(1))
+    assert float(metrics["loss_perceptual"]) > 0
+    assert float(metrics["loss"]) == pytest.approx(
+        float(metrics["loss_mae"] + metrics["loss_perceptual"]), rel=1e-5
+    )
+    assert torch.equal(learner.perceptual.net.state_dict()["0.0.weight"], before)
+
+
 def test_phases_without_a_weight_for_the_adversary_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"losses\.adversarial is 0"):
         make_learner(phases=PHASES)
     perceptual = {"losses.perceptual": [1, 1, 1, 1], "losses.perceptual_weights": "resnet50.pth"}
     with pytest.raises(ConfigError, match=r"losses\.perceptual is set but no phase uses it"):
         make_learner(**perceptual)
+    with pytest.raises(ConfigError, match=r"faces of 32 px and more, net\.size is 16"):
+        make_learner(**perceptual, phases=[{"perceptual": 1.0}])
 
 
 def test_the_preview_has_a_row_per_face_and_a_column_per_identity() -> None:
@@ -478,7 +535,7 @@ def test_the_job_takes_the_best_pictured_people_with_enough_pictures(
 def test_people_with_too_few_pictures_are_named(workspace: Workspace, faces: str) -> None:
     job = override(train_swap.swap_demo(), {"data.uri": faces})
     named = ["synthetic-0-000000", "synthetic-0-000003"]
-    with pytest.raises(DataError, match=r"needs 8 pictures; too few of synthetic-0-000003 \(3\)"):
+    with pytest.raises(DataError, match=r"needs 8 pictures with a face; too few of synthetic-0-000003 \(3\)"):
         train_swap.with_people(override(job, {"data.where": {"fake": 0, "identity": named}}), workspace)
     with pytest.raises(DataError, match="needs two people"):
         train_swap.with_people(override(job, {"data.where": {"fake": 1}}), workspace)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,17 @@ import torch
 
 from counterfake import bundle as bundles
 from counterfake import media, provenance
+from counterfake.blending import Blending
+from counterfake.conversion import Painter
 from counterfake.errors import ConfigError, DataError
+from counterfake.faces import Face
 from counterfake.images import Preprocess
 from counterfake.nets.dcgan import DcganGenerator
-from counterfake.nets.swap import SwapConfig
+from counterfake.nets.swap import SwapConfig, SwapMaskConfig
 from counterfake.records import Dataset, Sample, SplitRule, write_version
 from counterfake.sources.synthetic import SyntheticSource
 from counterfake.workspace import Workspace
-from jobs import generate
+from jobs import consent, generate
 from jobs.generate import GenerateJob, draw_noise, encoding, face_box
 
 PEOPLE, EACH = 8, 3
@@ -81,6 +86,39 @@ def test_the_same_job_makes_the_same_bytes_whatever_its_batch_size(workspace: Wo
     assert Dataset.open(workspace.dataset("others")).version(other["version"]).rows() == 10
     seeded = generate.run(dataclasses.replace(job, seed=1), workspace)
     assert seeded["rows"] == 20
+
+
+def test_with_a_key_every_file_is_signed_too(
+    workspace: Workspace,
+    gan: Path,
+    swapper: Path,
+    credentials: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = credentials()
+    sign = provenance.Signing(certificate=files.certificate, key=files.key)
+    generate.run(GenerateJob(model=str(gan), into="fakes", count=6, sign=sign), workspace)
+    monkeypatch.setenv("COUNTERFAKE_C2PA_CERT", files.certificate)
+    monkeypatch.setenv("COUNTERFAKE_C2PA_KEY", files.key)
+    generate.run(GenerateJob(model=str(swapper), into="swaps", faces="faces", count=4), workspace)
+    for name, kind in (
+        ("fakes", "trainedAlgorithmicMedia"),
+        ("swaps", "compositeWithTrainedAlgorithmicMedia"),
+    ):
+        dataset = Dataset.open(workspace.dataset(name))
+        rows = [s for split in dataset.version().splits for s in dataset.samples(None, split)]
+        found = [provenance.read(row.media) for row in rows]
+        assert {(mark.c2pa_state, mark.digital_source_type) for mark in found} == {("Valid", kind)}, name
+
+
+def test_a_key_that_is_not_there_is_refused_before_anything_is_made(
+    workspace: Workspace, gan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTERFAKE_C2PA_CERT", "/nowhere/chain.pem")
+    monkeypatch.setenv("COUNTERFAKE_C2PA_KEY", "/nowhere/key.pem")
+    with pytest.raises(ConfigError, match=r"sign\.certificate /nowhere/chain\.pem cannot be read"):
+        generate.run(GenerateJob(model=str(gan), into="fakes", count=6), workspace)
+    assert not Dataset.open(workspace.dataset("fakes")).versions()
 
 
 def test_fakes_are_added_to_the_real_ones_as_a_new_version(
@@ -174,6 +212,37 @@ def test_a_swap_changes_the_face_and_nothing_outside_the_crop(
     assert pngs
 
 
+@pytest.mark.parametrize("crop", ["face", "aligned"])
+def test_rows_and_files_are_swapped_alike(
+    workspace: Workspace, tmp_path: Path, faces: Dataset, crop: str
+) -> None:
+    """By the design's own mask, the blending asked for, and the points of the face: as `convert` does it."""
+    people = tuple(faces.version().names("identity")[:2])
+    net = dataclasses.replace(SwapMaskConfig.tiny(), identities=people, coverage=0.8)
+    preprocess = Preprocess(size=20, crop=crop, margin=1.4)  # type: ignore[arg-type]
+    bundle = _bundle(tmp_path / "mask", "faceswap", "mask-swap", net, preprocess, faces)
+    blending = Blending(colour="none", blend="poisson")
+    made = GenerateJob(model=str(bundle), into="swaps", faces="faces", count=99, blending=blending)
+    generate.run(made, workspace)
+    model, swaps = generate.load(str(bundle), workspace), Dataset.open(workspace.dataset("swaps"))
+    originals = {s.id: s for split in RULE.fractions for s in faces.samples(None, split)}
+    pngs = 0
+    for row in (row for split in swaps.version().splits for row in swaps.samples(None, split)):
+        original = originals[row.attributes["swapped_from"]]
+        if encoding(original.media).format != "png":
+            continue
+        pngs += 1
+        assert original.face_box is not None
+        assert original.landmarks is not None
+        points = list(zip(original.landmarks[::2], original.landmarks[1::2], strict=True))
+        painter = Painter(model.net, net, preprocess, row.attributes["target_identity"])
+        given = (media.decode(original.media), [Face(original.face_box, 1.0, points)])
+        (wanted,) = painter.convert([given], blending)
+        assert np.abs(media.decode(row.media).astype(int) - wanted).max() <= 1  # another batch
+        assert (wanted != given[0]).any()
+    assert pngs
+
+
 @pytest.mark.parametrize("agreed", ["none", "research"])
 def test_pictures_of_people_who_did_not_agree_are_not_swapped(
     workspace: Workspace, swapper: Path, faces: Dataset, agreed: str
@@ -186,8 +255,12 @@ def test_pictures_of_people_who_did_not_agree_are_not_swapped(
         generate.run(job, workspace)
     if agreed == "research":
         generate.run(dataclasses.replace(job, purpose="detector-training"), workspace)
-        (made,) = Dataset.open(workspace.dataset("swaps")).version().sources.values()
+        swaps = Dataset.open(workspace.dataset("swaps"))
+        (made,) = swaps.version().sources.values()
         assert (made["consent"], made["export"]) == ("research", False)
+        files = [row.media for split in swaps.version().splits for row in swaps.samples(None, split)]
+        assert files
+        assert all(consent.TERMS.encode() in data for data in files)
 
 
 def test_fraction_limits_how_many_are_swapped_and_choice_repeats(

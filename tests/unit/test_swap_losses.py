@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -14,6 +17,8 @@ from counterfake.learners import regions
 from counterfake.learners import swap_losses as losses
 from counterfake.learners.phases import Phase, check, current
 from counterfake.learners.swap_losses import SwapLosses
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.nets.resnet import resnet50
 from counterfake.sources.synthetic import portrait
 
 MARGIN = 1.4
@@ -130,15 +135,9 @@ def test_mixup_asks_for_the_share_of_real() -> None:
     assert ((share < 0.1) | (share > 0.9)).float().mean() > 0.5  # Beta(.2, .2) keeps to the ends
 
 
-def test_perceptual_distance_is_0_for_the_same_and_weighs_each_stage(tmp_path: object) -> None:
-    from pathlib import Path
-
-    import safetensors.torch
-
-    from counterfake.nets.resnet import resnet50
-
+def test_perceptual_distance_is_0_for_the_same_and_weighs_each_stage(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    path = Path(str(tmp_path)) / "resnet50.safetensors"
+    path = tmp_path / "resnet50.safetensors"
     safetensors.torch.save_file(nn.Sequential(resnet50().layers(inputs=3)[0]).state_dict(), path)
     distance = losses.Perceptual((0.01, 0.1, 0.3, 0.1), str(path), torch.device("cpu"))
     x, y = torch.rand(1, 3, 32, 32, requires_grad=True), torch.rand(1, 3, 32, 32)
@@ -153,6 +152,22 @@ def test_perceptual_distance_is_0_for_the_same_and_weighs_each_stage(tmp_path: o
     safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="do not fit"):
         losses.Perceptual((0.1,) * 4, str(path), torch.device("cpu"))
+
+
+def test_the_perceptual_network_may_be_mobilenetv2(tmp_path: Path) -> None:
+    """Its stages are where the side halves: 24, 32, 96 and 320 channels."""
+    torch.manual_seed(0)
+    path = tmp_path / "mobile.safetensors"
+    layers = MobileNetV2Config().features()[0].state_dict()
+    safetensors.torch.save_file({f"features.{name}": value for name, value in layers.items()}, path)
+    distance = losses.Perceptual((1.0,) * 4, str(path), torch.device("cpu"), "mobilenetv2")
+    x = torch.rand(1, 3, 64, 64)
+    assert [tuple(f.shape[1:]) for f in distance._stages(x)] == [
+        (24, 16, 16), (32, 8, 8), (96, 4, 4), (320, 2, 2),
+    ]  # fmt: skip
+    assert float(distance(x, x)) == 0
+    with pytest.raises(CheckpointError, match="do not fit"):
+        losses.Perceptual((1.0,) * 4, str(path), torch.device("cpu"))
 
 
 # -- regions --------------------------------------------------------------------------------------------------------

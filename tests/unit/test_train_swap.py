@@ -20,6 +20,7 @@ from counterfake.data import DataConfig, Loader
 from counterfake.errors import CollapseError, DataError, NonFiniteError
 from counterfake.images import Preprocess
 from counterfake.learners.faceswap import FaceSwapConfig, FaceSwapLearner
+from counterfake.learners.swap_guard import Guard
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.swap import SwapConfig, SwapMaskConfig
 from counterfake.nets.swap_family import parameters
@@ -66,6 +67,16 @@ def test_losses_are_those_of_the_recipes() -> None:
     assert (parts.eye_factor, parts.mouth_factor) == (3, 2)
     assert (dfl.dssim, dfl.mse, dfl.mask, dfl.eyes, dfl.mouth) == (10, 10, 10, 300, 300)
     assert (dfl.tv, dfl.background, dfl.adversarial, dfl.dssim_windows) == (1e-6, 0.02, 0.1, (11.6,))
+
+
+def test_saehd_has_its_optimizer_and_the_design_of_2017_saves_every_100_updates() -> None:
+    for preset in (train_swap.swap_df, train_swap.swap_liae):
+        learner = preset().learner
+        assert isinstance(learner, FaceSwapConfig)
+        assert (learner.lr, learner.beta1, learner.adam_eps) == (5e-5, 0.5, 1e-7)
+        assert [phase.lr_dropout for phase in learner.phases] == [1.0, 0.3, 0.3]
+    timing = train_swap.swap_shared().loop
+    assert timing.tick_steps * timing.checkpoint_every_ticks == 100
 
 
 # -- consent --------------------------------------------------------------------------------------------------------
@@ -124,6 +135,59 @@ def test_what_is_made_of_research_data_or_by_its_models_is_not_for_export() -> N
     assert "export" not in consent.marked(free, model={})
     assert consent.marked(bound, model={})["export"] is False
     assert consent.marked(free, model={"export": False})["export"] is False
+
+
+# -- rows without a face --------------------------------------------------------------------------------------------
+
+
+def with_faceless(workspace: Workspace, faces: int, pictures: int = 9) -> DataConfig:
+    """Three people of whose `pictures` only the first `faces` have a face; person 0 has one in all."""
+    made = [SyntheticSource(size=24).sample(who, i) for who in range(3) for i in range(pictures)]
+    rows = [
+        sample if (n < pictures and faces) or n % pictures < faces
+        else dataclasses.replace(sample, face_box=None, landmarks=None)
+        for n, sample in enumerate(made)
+    ]  # fmt: skip
+    facts = {rows[0].source: {"licence": "CC0-1.0", "consent": "synthetic"}}
+    write_version(workspace.dataset("faces"), rows, sources=facts, splits=SplitRule(fractions={"train": 1.0}))
+    return dataclasses.replace(tiny_job().data, uri=workspace.dataset("faces"))
+
+
+def test_rows_without_a_face_are_left_out_and_counted(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = with_faceless(workspace, faces=8)
+    assert train_swap.pictures_per_person(data, workspace) == {
+        "synthetic-0-000000": 9, "synthetic-0-000001": 8, "synthetic-0-000002": 8,
+    }  # fmt: skip
+    job = train_swap.prepared(dataclasses.replace(tiny_job(), data=data), workspace)
+    loader = Loader(dataclasses.replace(job.data, batch_size=4, drop_last=False))
+    assert loader.rows == 25
+    assert sum(len(batch) for batch in loader.batches(epochs=1)) == 25
+    assert "2 of 27 rows where" in caplog.text
+    assert Loader(dataclasses.replace(data, where={})).rows == 25
+    assert Loader(dataclasses.replace(data, preprocess=Preprocess(size=24, crop="center"))).rows == 27
+
+
+def test_a_person_with_too_few_faces_is_not_chosen_and_refused_if_named(workspace: Workspace) -> None:
+    data = with_faceless(workspace, faces=7)
+    with pytest.raises(DataError, match=r"3 people with 9 pictures at most"):
+        train_swap.prepared(dataclasses.replace(tiny_job(), data=data), workspace)
+    named = dataclasses.replace(
+        data, where={"fake": 0, "identity": ["synthetic-0-000000", "synthetic-0-000001"]}
+    )
+    with pytest.raises(DataError, match=r"8 pictures with a face; too few of synthetic-0-000001 \(7\)"):
+        train_swap.prepared(dataclasses.replace(tiny_job(), data=named), workspace)
+
+
+def test_a_dataset_without_any_face_is_refused_before_training_with_the_count(workspace: Workspace) -> None:
+    data = with_faceless(workspace, faces=0)
+    for refuse in (
+        lambda: train_swap.prepared(dataclasses.replace(tiny_job(), data=data), workspace),
+        lambda: Loader(data),
+    ):
+        with pytest.raises(DataError, match=r"none of the 27 rows where .* has a face_box"):
+            refuse()
 
 
 # -- points ---------------------------------------------------------------------------------------------------------
@@ -205,11 +269,11 @@ def trained(
 ) -> Callable[..., _Reporter]:
     """A run whose learner fails as `fault` says, up to its end or to the error that it could not mend."""
 
-    def run(fault: Callable[[FaceSwapLearner], None], **changes: Any) -> _Reporter:
+    def run(fault: Callable[[FaceSwapLearner], None], steps: int = 8, **changes: Any) -> _Reporter:
         job = train_swap.prepared(
             dataclasses.replace(stored("subjects"), learner=tiny_job(**changes).learner), workspace
         )
-        job = override(job, {"data.uri": workspace.dataset("faces")})
+        job = override(job, {"data.uri": workspace.dataset("faces"), "loop.steps": steps})
         (tmp_path / "checkpoints").mkdir()
         loader = Loader(job.data)
         order = Order(
@@ -251,6 +315,53 @@ def test_a_run_that_became_nan_goes_on_from_its_last_good_checkpoint_at_half_the
     assert all(torch.isfinite(p).all() for p in reporter.learner.net.parameters())
     _, meta = checkpoint.load(reporter.host.folder / "step-00000008")  # type: ignore[attr-defined]
     assert meta["summary"]["rollbacks"] == [event]
+
+
+@pytest.mark.parametrize("at", [6, 8])
+def test_an_update_that_breaks_the_weights_at_the_end_of_a_tick_is_never_stored(
+    trained: Callable[..., _Reporter], at: int
+) -> None:
+    """The metrics of the tick are fine: they were taken before the update."""
+
+    def broken(learner: FaceSwapLearner) -> None:
+        step = learner.step
+
+        def overflown(batch: Any) -> dict[str, torch.Tensor]:
+            metrics = step(batch)
+            if learner.steps == at:
+                next(learner.net.parameters()).data[0].fill_(math.inf)
+            return metrics
+
+        learner.step = overflown  # type: ignore[method-assign]
+
+    reporter = trained(broken)
+    (event,) = reporter.summary["rollbacks"]
+    assert (event["step"], event["to_step"]) == (at, at - 2)
+    assert f"NaN or infinite in the update of step {at}" in event["reason"]
+    assert reporter.learner.steps == 8
+    for folder in reporter.host.folder.glob("step-*"):  # type: ignore[attr-defined]
+        loop.check_finite(checkpoint.load(folder)[0], 0)
+
+
+def test_a_person_left_behind_has_patience_again_after_going_back(
+    trained: Callable[..., _Reporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of ticks 2 to 4 leave one person behind; the checkpoint gone back to is of the third, a bad one. The first
+    tick after that is bad too, and the run goes on."""
+    observe, calls = Guard.observe, []
+
+    def bad_for_a_while(guard: Guard, painted: Any, target: Any, errors: Any, identity: Any) -> None:
+        calls.append(len(calls) + 1)
+        who = torch.arange(len(errors)) % len(guard.names)
+        low = 0.03 if 2 < calls[-1] <= 10 else 0.3
+        observe(guard, painted, target, torch.where(who == 1, 0.3, low), who)
+
+    monkeypatch.setattr(Guard, "observe", bad_for_a_while)
+    reporter = trained(lambda learner: None, steps=12)
+    (event,) = reporter.summary["rollbacks"]
+    assert (event["step"], event["to_step"]) == (8, 6)
+    assert "synthetic-0-000001 stays at 100% of its first value" in event["reason"]
+    assert reporter.learner.steps == 12
 
 
 def test_without_any_checkpoint_a_run_begins_again(trained: Callable[..., _Reporter]) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,18 @@ class Reader:
         for name, value in sorted(self.net.state_dict().items()):
             found.update(name.encode() + np.ascontiguousarray(value.numpy()).tobytes())
         return found.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `of` makes the same reader from."""
+        return {"net": self.net.state_dict(), "mean": self.mean, "spread": self.spread}
+
+    @classmethod
+    def of(cls, net: FaceReaderConfig, state: Mapping[str, Any]) -> Reader:
+        """A reader that was kept; `net` is its ReadingConfig's."""
+        features = net.features if state["mean"] is None else len(state["mean"])
+        built = dataclasses.replace(net, features=features).build()
+        built.load_state_dict(state["net"])
+        return cls(built, net.size, state["mean"], state["spread"])
 
     def read(self, faces: Pixels) -> Floats:
         """faces (N, H, W, 3) uint8 -> (N, D) features or (N, K) parameters."""

@@ -3,6 +3,7 @@
 Recipe `swap-shared`, the code of December 2017: mean absolute error, Adam 5e-5 with beta1 0.5, warped inputs. Differences:
 a batch mixes the identities and makes one update, where the original alternates sides; and `match_colour` moves each
 identity's mean colour to the mean of the batch, where the original moves A to the mean of all of B before training.
+faceswap-GAN has a critic per person; here one critic judges everyone's faces.
 The same step trains every design of nets/swap*.py: which losses count is `SwapLosses`, when they do is `phases`.
 """
 
@@ -12,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from counterfake import dist, images
 from counterfake.errors import CheckpointError, ConfigError, DataError
-from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer, regions
+from counterfake.learners import LearnerConfig, LearnerContext, Paints, load_optimizer, regions
 from counterfake.learners import swap_losses as losses
 from counterfake.learners.phases import Phase, check, current
 from counterfake.learners.swap_guard import Guard
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 MIN_PICTURES = 8  # per identity; with fewer a decoder only repeats them
 MAX_IDENTITIES = 64  # one decoder each
 PREVIEW_FACES = 8
+LEAST_PERCEPTUAL = 32  # pixels; a perceptual network halves them five times
 PART_SHARE = 0.35  # side of an eye's or mouth's crop / side of the face
 PART_PIXELS = 24  # side of such a crop
 
@@ -48,6 +50,7 @@ PART_PIXELS = 24  # side of such a crop
 class FaceSwapConfig(LearnerConfig):
     """One network for the identities of the data, and how it is taught."""
 
+    paints: ClassVar[Paints] = "compositeWithTrainedAlgorithmicMedia"
     net: SwapFamily = field(default_factory=SwapConfig)
     critic: SwapDiscriminatorConfig = field(
         default_factory=SwapDiscriminatorConfig
@@ -57,6 +60,7 @@ class FaceSwapConfig(LearnerConfig):
     phases: tuple[Phase, ...] = (Phase(),)
     lr: float = 5e-5
     beta1: float = 0.5
+    adam_eps: float = 1e-8
     critic_lr: float = 2e-4
     final_lr_factor: float = 1.0  # lr at the end / lr, linear; the original keeps it constant
     people: int = (
@@ -82,6 +86,10 @@ class FaceSwapConfig(LearnerConfig):
         if self.losses.perceptual and not any(phase.perceptual for phase in self.phases):
             raise ConfigError(
                 "losses.perceptual is set but no phase uses it; set phases[…].perceptual, like 1.0"
+            )
+        if self.losses.perceptual and self.net.size < LEAST_PERCEPTUAL:
+            raise ConfigError(
+                f"losses.perceptual reads faces of {LEAST_PERCEPTUAL} px and more, net.size is {self.net.size}"
             )
         if self.losses.parts and self.net.MASKS != "parts":
             raise ConfigError(
@@ -162,14 +170,14 @@ class FaceSwapLearner:
         # 344 instead of 310 images per CPU-second of swap-shared-small in bf16
         self.net: nn.Module = self.net_config.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._parallel = dist.data_parallel(self.net)
-        self.optimizer = _adam(self.net, config.lr, config.beta1)
+        self.optimizer = _adam(self.net, config.lr, config)
         self.critic = config.critic.build().to(device) if config.adversarial else None
         if self.critic:
             self._parallel_critic = dist.data_parallel(self.critic)
-            self.critic_optimizer = _adam(self.critic, config.critic_lr, config.beta1)
+            self.critic_optimizer = _adam(self.critic, config.critic_lr, config)
         wanted = config.losses
         self.perceptual = (
-            losses.Perceptual(wanted.perceptual, wanted.perceptual_weights, device)
+            losses.Perceptual(wanted.perceptual, wanted.perceptual_weights, device, wanted.perceptual_net)
             if wanted.perceptual
             else None
         )
@@ -193,7 +201,7 @@ class FaceSwapLearner:
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self._update(phase.lr_dropout)
         metrics = self._metrics(lesson, painted, loss, terms)
         if phase.adversarial:
             metrics["critic_loss"] = self._update_critic(lesson, painted)
@@ -211,6 +219,7 @@ class FaceSwapLearner:
 
     def slow_down(self, rollbacks: int) -> float:
         """Lower every learning rate for after so many rollbacks -> the factor on them."""
+        self.guard.forgive()
         self.lr_factor = self.config.rollback_lr**rollbacks
         return self.lr_factor
 
@@ -279,6 +288,20 @@ class FaceSwapLearner:
         if self.critic:
             _set_lr(self.critic_optimizer, config.critic_lr * factor)
         return phase
+
+    def _update(self, share: float) -> None:
+        """One update of Adam, of which a random share of the weights takes part: the same on every rank."""
+        if share == 1.0:
+            self.optimizer.step()
+            return
+        weights = list(self.net.parameters())
+        before = [weight.detach().clone() for weight in weights]
+        self.optimizer.step()
+        draw = torch.Generator(self.device).manual_seed(self.steps)
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                still = torch.rand(weight.shape, generator=draw, device=self.device) >= share
+                weight.copy_(torch.where(still, old, weight))
 
     def _lesson(self, batch: Batch, phase: Phase) -> _Lesson:
         faces, config = batch.images.float() / 255, self.net_config
@@ -493,8 +516,10 @@ def _load(net: nn.Module, weights: dict[str, Tensor], role: str) -> None:
         ) from error
 
 
-def _adam(module: nn.Module, lr: float, beta1: float) -> torch.optim.Adam:
-    return torch.optim.Adam(module.parameters(), lr=lr, betas=(beta1, 0.999), fused=True)
+def _adam(module: nn.Module, lr: float, config: FaceSwapConfig) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        module.parameters(), lr=lr, betas=(config.beta1, 0.999), eps=config.adam_eps, fused=True
+    )
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -25,6 +25,7 @@ class Phase:
         0.0  # least mean of a face mask, pushed up to; 0 = its mean is pushed down (L1) instead
     )
     lr_scale: float = 1.0  # factor on every learning rate
+    lr_dropout: float = 1.0  # share of the network's weights, drawn anew, that an update changes; SAEHD: 0.3
 
     def __post_init__(self) -> None:
         if self.images < 0 or min(self.adversarial, self.perceptual) < 0 or self.lr_scale <= 0:
@@ -32,6 +33,8 @@ class Phase:
                 "a phase needs images, adversarial and perceptual >= 0 and lr_scale > 0; "
                 f"got {self.images}, {self.adversarial}, {self.perceptual}, {self.lr_scale}"
             )
+        if not 0 < self.lr_dropout <= 1:
+            raise ConfigError(f"a phase's lr_dropout must lie in (0, 1], got {self.lr_dropout}")
         if not 0 <= self.mask_hinge < 1:
             raise ConfigError(f"a phase's mask_hinge must lie in [0, 1), got {self.mask_hinge}")
 

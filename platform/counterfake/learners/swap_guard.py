@@ -53,6 +53,11 @@ class Guard:
             self._look_for_grey(painted / max(target, 1e-9))
             self._look_for_the_left_behind(sums[:people], sums[people : 2 * people])
 
+    def forgive(self) -> None:
+        """After going back: nobody is left behind yet, though the checkpoint may be of a tick that was bad already. What
+        is learned slower has PATIENCE ticks again before it counts as lost."""
+        self._behind = [0] * len(self.names)
+
     def state_dict(self) -> dict[str, Any]:
         return {"first": list(self._first), "alive": self._alive, "behind": list(self._behind)}
 

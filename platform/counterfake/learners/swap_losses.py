@@ -6,6 +6,7 @@ x the painted face, y the face that was wanted, w weights of its pixels. Letters
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from counterfake.errors import ConfigError
 from counterfake.nets.backbone import ImageNetInput, load_weights
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.nets.resnet import resnet50
 
 SSIM_SIGMA = 1.5  # pixels, of the Gaussian window
+PerceptualNet = Literal["resnet50", "mobilenetv2"]
 C1, C2 = 0.01**2, 0.03**2  # of SSIM, for a range of 1
 
 
@@ -48,8 +51,9 @@ class SwapLosses:
     mixup: float = 0.2  # Beta(mixup, mixup) mixes real and fake for the critic; 0 = they stay apart
     perceptual: tuple[float, ...] = ()  # weight of each stage of the perceptual network, × the phase's factor
     perceptual_weights: str = (
-        ""  # .safetensors or .pth of a ResNet-50 in torchvision's names; "" = no such loss
+        ""  # .safetensors or .pth of perceptual_net in torchvision's names; "" = no such loss
     )
+    perceptual_net: PerceptualNet = "resnet50"  # mobilenetv2: weights trained by TensorFlow
 
     def __post_init__(self) -> None:
         for name in (
@@ -155,20 +159,20 @@ def painter_loss(critic: nn.Module, fake: Tensor) -> Tensor:
 
 
 class Perceptual:
-    """Distance between features of a fixed ResNet-50: Σ w · |f(x) - f(y)| over its four stages, each a mean.
+    """Distance between features of a fixed network: Σ w · |f(x) - f(y)| over its four stages, each a mean.
 
     The network of the original, a ResNet-50 trained on faces, has no free weights we know of; which one is given here is
-    the user's choice and part of the job."""
+    the user's choice and part of the job. Stages are where the side is 1/4, 1/8, 1/16 and 1/32, last layer of each."""
 
-    STAGES = ("layer1", "layer2", "layer3", "layer4")
-
-    def __init__(self, weights: tuple[float, ...], path: str, device: torch.device) -> None:
+    def __init__(
+        self, weights: tuple[float, ...], path: str, device: torch.device, kind: PerceptualNet = "resnet50"
+    ) -> None:
         """Raises CheckpointError if the file's weights do not fit."""
-        if len(weights) != len(self.STAGES):
-            raise ConfigError(f"losses.perceptual needs {len(self.STAGES)} weights, got {len(weights)}")
+        self.net, self.stages, public = _perceptual_net(kind)
+        if len(weights) != len(self.stages):
+            raise ConfigError(f"losses.perceptual needs {len(self.stages)} weights, got {len(weights)}")
         self.weights = weights
-        self.net = ImageNetInput(resnet50().layers(inputs=3)[0])
-        load_weights(self.net, path, names=(("", ""),))
+        load_weights(self.net, path, names=(("", public),))
         self.net.to(device).eval().requires_grad_(False)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -178,12 +182,23 @@ class Perceptual:
         return torch.stack(terms).sum()
 
     def _stages(self, pictures: Tensor) -> list[Tensor]:
-        features, found = (2 * pictures - 1) * self.net.scale + self.net.shift, []
+        features, found = 2 * pictures - 1, []
+        if isinstance(self.net, ImageNetInput):
+            features = features * self.net.scale + self.net.shift
         for name, layer in self.net.named_children():
             features = layer(features)
-            if name in self.STAGES:
+            if name in self.stages:
                 found.append(features.float())
         return found
+
+
+def _perceptual_net(kind: PerceptualNet) -> tuple[nn.Sequential, tuple[str, ...], str]:
+    """(layers that take pictures in [-1, 1], names of those whose features count, prefix of their names in files)."""
+    if kind == "resnet50":
+        return ImageNetInput(resnet50().layers(inputs=3)[0]), ("layer1", "layer2", "layer3", "layer4"), ""
+    layers, _ = MobileNetV2Config().features()
+    assert isinstance(layers, nn.Sequential), "MobileNetV2 is a row of layers"
+    return nn.Sequential(*list(layers)[:18]), ("3", "6", "13", "17"), "features."
 
 
 def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
