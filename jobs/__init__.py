@@ -14,8 +14,8 @@ from typing import Any
 from counterfake.errors import ConfigError
 
 _PLUMBING = {
-    "__main__", "benchmarks", "consent", "console", "data_commands", "demo_report", "doctor", "evaluation_grid",
-    "evaluation_page", "options", "submit", "swap_studio", "training",
+    "__main__", "auditing", "benchmarks", "consent", "console", "data_commands", "demo_report", "doctor", "evaluation_grid",
+    "evaluation_page", "options", "signing", "studies", "submit", "swap_readers", "swap_studio", "training",
 }  # fmt: skip  # no jobs
 
 

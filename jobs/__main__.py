@@ -36,6 +36,13 @@ models_app = typer.Typer(no_args_is_help=True, help="Registered models, their ve
 app.add_typer(data_commands.app, name="data")
 app.add_typer(models_app, name="models")
 
+# jobs that go on where a stopped one ended; the others begin anew
+RESUMED = {
+    "convert", "demo", "evaluate", "evaluate-cross", "ingest", "score", "study-augment", "study-benford", "study-blur",
+    "study-detector", "study-folds", "study-gan", "train-autoencoder", "train-classifier", "train-detector", "train-gan",
+    "train-swap", "tune-detector",
+}  # fmt: skip
+
 Sets = Annotated[list[str] | None, typer.Option("--set", help="path=value; may be repeated.")]
 Settings = Annotated[
     list[Path] | None, typer.Option(help="YAML, TOML or JSON file of settings by dotted path.")
@@ -56,6 +63,9 @@ def run(
     show: Annotated[bool, typer.Option("--print", help="Print the resolved job and stop.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List presets and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no events.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Of a benchmark: its steps on the GPU; gpu=true.")
+    ] = False,
 ) -> None:
     """Run a job here, or inside the cluster when Ray submitted it."""
     console = Console(quiet=quiet, as_json=as_json)
@@ -64,13 +74,24 @@ def run(
     module = jobs.load(job)
     if listing:
         return console.result([name.replace("_", "-") for name in module.PRESETS])
-    resolved = resolve(module, preset, sets, settings, workers)
+    resolved = resolve(module, preset, [*(sets or []), *(["gpu=true"] if gpu else [])], settings, workers)
     if show:
         return console.result(config.to_dict(resolved))
-    outcome = module.run(resolved, open_workspace(home, storage, tracking), console=console)
+    workspace = open_workspace(home, storage, tracking)
+    try:
+        outcome = module.run(resolved, workspace, console=console)
+    except KeyboardInterrupt:
+        console.error(_stopped(job))
+        sys.exit(130)
     short = getattr(module, "headline", None)  # of a job whose result is long
     console.result(short(outcome) if short and not as_json else outcome)
     return None
+
+
+def _stopped(job: str) -> str:
+    if job.replace("_", "-") in RESUMED:
+        return "stopped; the same command continues where this one ended"
+    return f"stopped; {job} begins anew when it is run again"
 
 
 def resolve(
@@ -199,21 +220,41 @@ def models_promote(
     reference: Annotated[str, typer.Argument(help="name/3")],
     alias: Annotated[str, typer.Option(help="champion, challenger or shadow")] = "champion",
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A gate setting: min_auc=0.9, or none")
+        list[str] | None,
+        typer.Option("--set", help="A gate setting: min_auc=0.9, licence=commercial, or none"),
+    ] = None,
+    expect: Annotated[
+        int | None, typer.Option(help="Only if the alias points to this version now; 0 = to none.")
     ] = None,
     home: Home = None,
     storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Move an alias, through the gate (of @champion: AUC 0.75, recall on real pictures 0.7). What fails is named."""
-    from counterfake.gate import CHAMPION, Gate
+    """Move an alias, through the gate (of @champion: AUC 0.75, recall on real pictures 0.7; bounds on worst group, calibration
+    error, worst robustness cell and latency where they were measured). What fails is named. Serving follows @champion;
+    challenger and shadow are names to fetch and compare by."""
+    from counterfake.gate import usual
 
-    usual = CHAMPION if alias == "champion" else Gate()
-    gate = config.override(usual, config.parse_assignments(sets or []))
+    gate = config.override(usual(alias), config.parse_assignments(sets or []))
     registry = _registry(home, storage, tracking)
     version = registry.get(reference)
-    moved = registry.promote(version.name, version.version, alias=alias, gate=gate)
+    moved = registry.promote(version.name, version.version, alias=alias, gate=gate, expected=expect)
+    Console(as_json=as_json).result(dataclasses.asdict(moved))
+
+
+@models_app.command("rollback")
+def models_rollback(
+    name: Annotated[str, typer.Argument(help="The model.")],
+    alias: Annotated[str, typer.Option(help="champion, challenger or shadow")] = "champion",
+    expect: Annotated[int | None, typer.Option(help="Only if the alias points to this version now.")] = None,
+    home: Home = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias back to the version before the current one, without a gate: it has passed already."""
+    moved = _registry(home, storage, tracking).rollback(name, alias=alias, expected=expect)
     Console(as_json=as_json).result(dataclasses.asdict(moved))
 
 
@@ -342,7 +383,7 @@ def _local_judge(model: str, workspace: Workspace) -> Callable[[bytes], dict[str
 
 
 def reports_errors(call: Callable[[], None]) -> Callable[[], None]:
-    """A user's mistake becomes one line and status 2; an interrupt says how to go on."""
+    """A user's mistake becomes one line and status 2, an interrupt one word and 130."""
 
     @wraps(call)
     def wrapped() -> None:
@@ -355,7 +396,7 @@ def reports_errors(call: Callable[[], None]) -> Callable[[], None]:
             _usage(error)
             sys.exit(2)
         except KeyboardInterrupt:
-            Console().error("stopped; the same command continues where this one ended")
+            Console().error("stopped")
             sys.exit(130)
 
     return wrapped

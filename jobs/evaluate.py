@@ -6,7 +6,8 @@
 
 Leaves `runs/evaluations/<model>-<digest>-on-<dataset>-<version>-<split>/` with evaluation.json and report.html, and the same in
 MLflow (experiment "evaluation"). Intervals: 1,000 resamples of what is linked by video or identity. Groups: maker, source,
-and attributes such as difficulty. Frames of videos are judged by video too, one score each.
+and attributes such as difficulty. Of an ensemble also what its verdicts did, at its own threshold and error rate: shares per class,
+false accusations, misses, true labels that the conformal set lost. Frames of videos are judged by video too, one score each.
 `robustness` adds the grid of evaluation/robustness.py; a stopped grid goes on with the cells that are missing. A locked split
 (`counterfake data lock`) is judged whole, every look is counted, and no row, picture or score of a single row is shown.
 """
@@ -15,27 +16,48 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from counterfake import bundle, config, locks, predictor, scoring
+import numpy as np
+from numpy.typing import NDArray
+
+from counterfake import bundle, config, locks, media, predictor, scoring
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection, report, robustness
 from counterfake.evaluation.card import METRICS, percent
 from counterfake.evaluation.report import Json, Section, Text
-from counterfake.predictor import Predictor
+from counterfake.predictor import Decoded, EnsemblePredictor, Predictor
 from counterfake.records import Dataset, Version
 from counterfake.registry import Registry
+from counterfake.scoring import Scored
 from counterfake.storage import write_atomic
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
 from jobs import evaluation_grid
 from jobs.console import Console
-from jobs.evaluation_page import Mistakes, figures_section, key_figures, mistake_sections, mistakes
+from jobs.evaluation_page import (
+    Mistakes,
+    figures_section,
+    key_figures,
+    mistake_sections,
+    mistakes,
+    verdict_shares,
+)
 
-__all__ = ["EvaluateJob", "figures_section", "headline", "key_figures", "publish", "resolve", "run"]
+__all__ = [
+    "EvaluateJob",
+    "figures_section",
+    "headline",
+    "key_figures",
+    "latency",
+    "publish",
+    "resolve",
+    "run",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +68,9 @@ class EvaluateJob:
     data: DataConfig = dataclasses.field(
         default_factory=lambda: DataConfig(split="test")
     )  # uri, split, where count
-    threshold: float = 0.5  # probability from which a picture counts as called fake
+    threshold: float | None = (
+        None  # probability from which a picture counts as called fake; None: the ensemble's own, 0.5 for a single detector
+    )
     bootstraps: int = 1000  # resamples of each interval
     seed: int = 0  # of the resamples, and of noise in the grid
     attributes: tuple[str, ...] = ("difficulty",)  # of the samples, as groups beside maker and source
@@ -59,7 +83,12 @@ class EvaluateJob:
     register_as: str = ""  # register a copy of the model that carries these figures; "" = do not
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1 or self.bootstraps < 0 or self.limit < 0:
+        if (
+            not 0 < (self.threshold or 0.5) < 1
+            or self.threshold == 0
+            or self.bootstraps < 0
+            or self.limit < 0
+        ):
             raise ConfigError("threshold lies between 0 and 1; bootstraps and limit are at least 0")
         robustness.cells(self.cells)
 
@@ -82,6 +111,8 @@ def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = Non
     """Score, judge, draw, log; returns the evaluation and where everything lies."""
     console = console or Console(quiet=True)
     loaded = predictor.load(resolve(job.model, workspace))
+    threshold = _threshold(job, loaded)
+    asked = _Served(loaded) if isinstance(loaded, EnsemblePredictor) else loaded
     uri = workspace.dataset(job.data.uri) if job.data.uri else ""
     dataset, version = scoring.opened(dataclasses.replace(job.data, uri=uri), workspace.cache)
     data = dataclasses.replace(job.data, uri=f"{dataset.store.uri}@{version.number}")
@@ -91,18 +122,20 @@ def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = Non
         looks = _look(log, dataset, version, data, loaded.bundle) if locked else 0
         with console.progress(f"scoring {data.split}", job.limit or None) as advance:
             scored = scoring.score(
-                {loaded.name: loaded}, data, attributes=job.attributes, limit=job.limit, look=locked,
+                {loaded.name: asked}, data, attributes=job.attributes, limit=job.limit, look=locked,
                 cache=workspace.cache, progress=advance,
             )  # fmt: skip
         rows = scored.answered()
         p = rows.probabilities[loaded.name]
         settings: dict[str, Any] = {
-            "threshold": job.threshold,
+            "threshold": threshold,
             "bootstraps": job.bootstraps,
             "seed": job.seed,
         }
         found = rows.evaluate(p, strategy=job.video, **settings)
-        evaluation = {**found, "latency_ms": _latency(loaded, data, workspace), "split": data.split}
+        evaluation = {**found, "latency_ms": latency(loaded, data, workspace), "split": data.split}
+        if isinstance(asked, _Served):
+            evaluation |= asked.counted(scored)
         evaluation |= {"unseen_makers": unseen} | ({"locked": {"looks": looks}} if locked else {})
         if locked:
             evaluation["groups"] = _large(evaluation["groups"])
@@ -120,7 +153,7 @@ def run(job: EvaluateJob, workspace: Workspace, *, console: Console | None = Non
         plots = report.detection_plots(rows.fake, p, evaluation, least=locks.LEAST if locked else 1)
         shown: Mistakes = {}
         if not locked:
-            shown = mistakes(loaded, rows, data, job.threshold, job.mistakes, workspace.cache)
+            shown = mistakes(loaded, rows, data, threshold, job.mistakes, workspace.cache)
         publish(
             log, target, evaluation, plots, _page(job, loaded.bundle, evaluation, plots, shown), data.split
         )
@@ -144,6 +177,8 @@ def headline(result: Mapping[str, Any]) -> dict[str, Any]:
         short["AUC by video"] = percent(found["video"]["auc"])
     if worst := (found.get("robustness") or {}).get("worst"):
         short["worst damage"] = f"{worst['cell']}: AUC {percent(worst['auc'])}"
+    if "verdicts" in found:
+        short |= {"real called fake": found["false_accusations"], "fakes called real": found["misses"]}
     if "locked" in found:
         short["looks at this locked split"] = found["locked"]["looks"]
     kept = {key: result[key] for key in ("dataset", "images_per_second", "report", "registered", "run_id")}
@@ -185,7 +220,60 @@ def scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def latency(loaded: Predictor, data: DataConfig, workspace: Workspace) -> float | None:
+    """Median milliseconds of one picture at a time over eight of the split; None for raw pixels, which have no bytes."""
+    dataset, version = scoring.opened(data, workspace.cache)
+    samples = scoring.labelled(dataset, version, data)
+    pictures = [s.image for s, _ in zip(samples, range(8), strict=False) if s.image is not None]
+    return scoring.latency_ms(loaded, pictures) if pictures else None
+
+
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+class _Served:
+    """An ensemble that remembers the verdict behind every probability it gives: a row's own subset of members decides."""
+
+    def __init__(self, loaded: EnsemblePredictor) -> None:
+        self._loaded, self.name, self.bundle = loaded, loaded.name, loaded.bundle
+        self.finders, self.finds_eyes = loaded.finders, loaded.finds_eyes
+        self.words: list[str] = []  # of every picture asked; "" = no answer
+
+    def decode(self, data: bytes, limits: media.Limits = media.DEFAULT_LIMITS) -> Decoded:
+        return self._loaded.decode(data, limits)
+
+    def refusal(self, picture: Decoded) -> str | None:
+        return self._loaded.refusal(picture)
+
+    def predict(self, pictures: Sequence[Decoded]) -> NDArray[np.float64]:
+        columns = self._loaded.member_probabilities(pictures)
+        return np.array(
+            [self._one({name: float(p[row]) for name, p in columns.items()}) for row in range(len(pictures))]
+        )
+
+    def predict_bytes(self, pictures: Sequence[bytes]) -> list[float]:
+        return self._loaded.predict_bytes(pictures)
+
+    def counted(self, scored: Scored) -> dict[str, Any]:
+        """Shares of the verdicts per class over the pictures that were answered, and the error rate that was promised."""
+        rows = [row for row, word in enumerate(self.words) if word]
+        found = detection.verdicts([self.words[row] for row in rows], scored.fake[rows])
+        return {
+            "verdicts": found, "alpha": self._loaded.ensemble.alpha, "false_accusations": found["real"]["fake"],
+            "misses": found["fake"]["real"],
+        }  # fmt: skip
+
+    def _one(self, answers: Mapping[str, float]) -> float:
+        probability = self._loaded.judge.combine(answers)
+        present = [name for name, p in answers.items() if math.isfinite(p)]
+        known = math.isfinite(probability)
+        self.words.append(self._loaded.ensemble.only(present).verdict(probability) if known else "")
+        return probability
+
+
+def _threshold(job: EvaluateJob, loaded: Predictor) -> float:
+    own = loaded.ensemble.threshold if isinstance(loaded, EnsemblePredictor) else 0.5
+    return own if job.threshold is None else job.threshold
 
 
 def _locked(job: EvaluateJob, dataset: Dataset, version: Version, data: DataConfig) -> bool:
@@ -243,13 +331,6 @@ def _folder(model: bundle.Bundle, evaluation: Mapping[str, Any]) -> str:
     return f"{model.name}-{model.digest[:8]}-on-{judged.replace('*', 'all')}"
 
 
-def _latency(loaded: Predictor, data: DataConfig, workspace: Workspace) -> float | None:
-    dataset, version = scoring.opened(data, workspace.cache)
-    samples = scoring.labelled(dataset, version, data)
-    pictures = [s.image for s, _ in zip(samples, range(8), strict=False) if s.image is not None]
-    return scoring.latency_ms(loaded, pictures) if pictures else None
-
-
 def _tell(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.event(
         f"AUC {percent(evaluation['auc'])}, accuracy {percent(evaluation['accuracy'])} on {evaluation['n']} pictures"
@@ -258,6 +339,11 @@ def _tell(console: Console, evaluation: Mapping[str, Any]) -> None:
         console.event(f"by video: AUC {percent(film['auc'])} on {film['n']} videos")
     if worst := (evaluation.get("robustness") or {}).get("worst"):
         console.event(f"worst damage: {worst['cell']}, AUC {percent(worst['auc'])}")
+    if "verdicts" in evaluation:
+        console.event(
+            f"as served: {evaluation['false_accusations']:.1%} of real pictures called fake, {evaluation['misses']:.1%} of fakes called real "
+            f"(promised on data like the calibration's: {evaluation['alpha']:.0%} each)"
+        )
     if "locked" in evaluation:
         console.event(f"a locked split; it has been looked at {evaluation['locked']['looks']} times")
     if evaluation["unseen_makers"] == []:
@@ -269,6 +355,10 @@ def _page(
 ) -> str:  # fmt: skip
     what = Section("What was judged", [Text(_what(job, model, evaluation)), key_figures(evaluation)])
     sections = [what, figures_section(evaluation, plots)]
+    if "verdicts" in evaluation:
+        sections.append(
+            Section("Verdicts as served", [verdict_shares(evaluation["verdicts"], evaluation["alpha"])])
+        )
     if "robustness" in evaluation:
         sections.append(evaluation_grid.section(evaluation["robustness"]))
     sections += mistake_sections(shown)
@@ -282,7 +372,7 @@ def _page(
 def _what(job: EvaluateJob, model: bundle.Bundle, evaluation: Mapping[str, Any]) -> str:
     dataset = evaluation["dataset"]["uri"]
     lines = [
-        f"`{job.model}` (digest `{model.digest[:12]}`) on split `{job.data.split}` of `{dataset}`, threshold {job.threshold}."
+        f"`{job.model}` (digest `{model.digest[:12]}`) on split `{job.data.split}` of `{dataset}`, threshold {evaluation['threshold']:g}."
     ]
     if unanswered := sum(sum(reasons.values()) for reasons in evaluation["refused"].values()):
         lines.append(f"{unanswered} pictures could not be answered and are not in these figures.")

@@ -2,8 +2,9 @@
 
     counterfake run evaluate-cross matrix --set models=[ciplab,stylegan-ffhq] --set datasets=[ciplab,stylegan-ffhq,faces@4]
     counterfake run evaluate-cross leave-one-out --set data.uri=faces@4 --set train=mobilenetv2-demo
+    counterfake run evaluate-cross leave-one-out --set data.uri=faces@4 --set train=benford
 
-`matrix` scores every model on every dataset. `leave-one-out` trains the preset `train` of train-detector once for each maker of
+`matrix` scores every model on every dataset. `leave-one-out` trains the preset `train` of train-detector or train-benford once for each maker of
 fakes, on everything but that maker, and judges each detector on every maker against all real pictures of the split; a
 training that was finished before is not done again. Leaves `runs/evaluations/cross-<digest>/` with matrix.json and
 report.html, and the same in MLflow (experiment "evaluation").
@@ -43,7 +44,7 @@ class CrossJob:
 
     models: tuple[str, ...] = ()  # "name@alias", "name/3", "name", or bundle folders
     datasets: tuple[str, ...] = ()  # names, perhaps with @version, or URIs
-    train: str = ""  # preset of train-detector to train without each maker in turn; "" = judge `models`
+    train: str = ""  # preset of train-detector or train-benford to train without each maker in turn; "" = judge `models`
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # to that preset, by dotted path
     makers: tuple[str, ...] = ()  # to leave out in turn; empty = every maker of fakes in data.split
     data: DataConfig = dataclasses.field(
@@ -150,16 +151,18 @@ def _train_without(
     job: CrossJob, dataset: Dataset, version: Version, left_out: str, workspace: Workspace, console: Console
 ) -> Path:
     """Train the preset on every maker but one -> the bundle's folder."""
-    from jobs import train_detector
+    from jobs import train_benford, train_detector
 
     kept = sorted({str(row["maker"]) for row in version.counts} - {left_out})
     uri = f"{dataset.store.uri}@{version.number}"
     changes: dict[str, Any] = {"data.uri": uri, "data.where": {"maker": kept}, "register_as": ""}
-    preset = config.override(jobs.preset(train_detector, job.train), job.changes)
+    forest = job.train.replace("_", "-") in train_benford.PRESETS
+    preset = config.override(jobs.preset(train_benford if forest else train_detector, job.train), job.changes)
+    if isinstance(preset, train_benford.BenfordJob):  # its validation reads the same rows of `where`
+        return Path(train_benford.run(config.override(preset, changes), workspace, console=console)["bundle"])
     if preset.validation is not None:
         changes |= {"validation.uri": uri, "validation.where": {"maker": kept}}
-    trained = train_detector.run(config.override(preset, changes), workspace, console=console)
-    return Path(trained["bundle"])
+    return Path(train_detector.run(config.override(preset, changes), workspace, console=console)["bundle"])
 
 
 # -- private: both --------------------------------------------------------------------------------------------------

@@ -52,6 +52,14 @@ def key_figures(evaluation: Mapping[str, Any]) -> KeyFigures:
     return KeyFigures(figures)
 
 
+def verdict_shares(found: Mapping[str, Mapping[str, Any]], alpha: float) -> Table:
+    """What `detection.verdicts` counted, a row for each class."""
+    head = ["truth", "n", "called real", "called fake", "uncertain", "out of domain", "lost"]
+    keys = ("n", "real", "fake", "uncertain", "out_of_domain", "lost")
+    caption = f"Shares of each class; lost = the true label was excluded, promised at most {alpha:.0%} on data like the calibration's"
+    return Table(head, [[name, *(row[key] for key in keys)] for name, row in found.items()], caption)
+
+
 def mistakes(
     loaded: Predictor, rows: Scored, data: DataConfig, threshold: float, most: int, cache: Path
 ) -> Mistakes:
@@ -64,11 +72,11 @@ def mistakes(
     dataset = Dataset.open(data.uri, cache=cache)
     samples = scoring.labelled(dataset, rows.version, data) if wanted else ()
     found = {sample.id: sample for sample in samples if sample.id in wanted}
-    faces = getattr(loaded, "finds_faces", False)
+    finders = getattr(loaded, "finders", ())
 
     def shown(row: int) -> tuple[str, bytes]:
         sample = found[rows.ids[row]]
-        return f"{sample.maker}, p = {p[row]:.2f}", _pair(loaded, scoring.decoded(sample, faces))
+        return f"{sample.maker}, p = {p[row]:.2f}", _pair(loaded, scoring.decoded(sample, finders))
 
     return {title: [shown(int(row)) for row in kind] for title, kind in zip(TITLES, chosen, strict=True)}
 

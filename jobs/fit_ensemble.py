@@ -2,12 +2,14 @@
 
     counterfake run fit_ensemble ensemble --set members=[mobilenetv2-ciplab,benford] --set data.uri=ciplab
     counterfake run fit_ensemble ensemble --set stacking=boosted --set coverage_splits=100
+    counterfake run fit_ensemble calibrated --set members=[cifake-32] --set data.uri=cifake   one detector, calibrated
     counterfake run fit_ensemble demo                                                       2 cores: seconds
 
 Temperatures, stacking weights and conformal quantiles come from data.split=calibration, which neither training nor the
 test used (its two halves do not share an identity or a video). A video is one row there, the mean logit of its frames. The
 figures come from `test`, the single members' and the gain over the best of them beside them. coverage_splits counts false
-accusations and misses over random halves of all held-out rows. Leaves `runs/evaluations/<name>-<digest>/report.html`.
+accusations and misses over random halves of all held-out rows. One member is enough: temperature, line and conformal verdict
+calibrate it alone. latency_ms is that of the members one after another. Leaves `runs/evaluations/<name>-<digest>/report.html`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from counterfake.scoring import Scored
 from counterfake.tracking import Tracker
 from counterfake.workspace import Workspace
 from jobs.console import Console
-from jobs.evaluate import figures_section, key_figures, publish, resolve
+from jobs.evaluate import figures_section, key_figures, latency, publish, resolve
+from jobs.evaluation_page import verdict_shares
+from jobs.training import admitted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,8 @@ def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = Non
     """Score both splits, fit, judge, write, register, promote. GateError leaves the model registered, not promoted."""
     console = console or Console(quiet=True)
     members = _members(job, workspace)
-    with Tracker.at(workspace).start("ensemble", job.name, params=config.to_dict(job)) as log:
+    tags = admitted([job.data, dataclasses.replace(job.test, uri=job.test.uri or job.data.uri)], workspace)
+    with Tracker.at(workspace).start("ensemble", job.name, tags=tags, params=config.to_dict(job)) as log:
         held = _score(job, members, job.data, workspace, console)
         names, known = list(members), _units(job, held, list(members))
         fitted = Ensemble.fit(
@@ -88,7 +93,7 @@ def run(job: EnsembleJob, workspace: Workspace, *, console: Console | None = Non
             stacking=job.stacking,
         )  # fmt: skip
         rows = _score(job, members, job.test, workspace, console)
-        evaluation = _judge(job, fitted, rows)
+        evaluation = {**_judge(job, fitted, rows), "latency_ms": _latency(job, members, workspace)}
         if job.coverage_splits:
             evaluation["coverage"] = _coverage(job, names, held, rows, console)
         folder = _write(job, workspace, fitted, members, held, evaluation, log.id)
@@ -115,6 +120,11 @@ def ensemble() -> EnsembleJob:
     )
 
 
+def calibrated() -> EnsembleJob:
+    """One detector with a probability that means what it says and a verdict with an error rate; not promoted."""
+    return EnsembleJob(name="calibrated", register_as="calibrated", promote="")
+
+
 def demo() -> EnsembleJob:
     """The demo's two detectors on the demo's faces; alpha 10 %, because the split is small."""
     return EnsembleJob(
@@ -123,7 +133,11 @@ def demo() -> EnsembleJob:
     )  # fmt: skip
 
 
-PRESETS: dict[str, Callable[[], EnsembleJob]] = {"ensemble": ensemble, "demo": demo}
+PRESETS: dict[str, Callable[[], EnsembleJob]] = {
+    "ensemble": ensemble,
+    "calibrated": calibrated,
+    "demo": demo,
+}
 
 
 # -- private --------------------------------------------------------------------------------------------------------
@@ -131,10 +145,12 @@ PRESETS: dict[str, Callable[[], EnsembleJob]] = {"ensemble": ensemble, "demo": d
 
 def _members(job: EnsembleJob, workspace: Workspace) -> dict[str, Predictor]:
     """Loaded members by the name they will have in the ensemble: that of their bundle, numbered where two are alike."""
-    if len(job.members) < 2:
+    if not job.members:
         raise ConfigError(
-            "an ensemble needs at least two members, like --set members=[mobilenetv2-faces,benford-faces]"
+            "name one member to calibrate or several to stack, like --set members=[mobilenetv2-faces,benford-faces]"
         )
+    if not job.data.uri:
+        raise ConfigError("data.uri is not set; name a dataset, like --set data.uri=faces@3")
     loaded: dict[str, Predictor] = {}
     for reference in job.members:
         member = predictor.load(resolve(reference, workspace))
@@ -160,6 +176,12 @@ def _score(
         )
     console.event(f"{data.split}: {len(scored.ids)} pictures, {scored.images_per_second:.0f} a second")
     return scored.answered()
+
+
+def _latency(job: EnsembleJob, members: Mapping[str, Predictor], workspace: Workspace) -> float | None:
+    data = dataclasses.replace(job.test, uri=workspace.dataset(job.test.uri or job.data.uri))
+    found = [latency(member, data, workspace) for member in members.values()]
+    return None if None in found else float(sum(one for one in found if one is not None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,22 +270,8 @@ def _judge(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
 
 def _verdicts(job: EnsembleJob, fitted: Ensemble, rows: Scored) -> dict[str, Any]:
     units = _units(job, rows, list(fitted.members))
-    return verdict_table(fitted, fitted.probability(units.matrix), units.fake)
-
-
-def verdict_table(
-    fitted: Ensemble, probability: NDArray[np.float64], fake: NDArray[np.int64]
-) -> dict[str, Any]:
-    """Per class the share of each verdict, and the share whose true label the set lost (promised: at most alpha)."""
-    words = np.array([fitted.verdict(float(p)) for p in probability])
-    table: dict[str, Any] = {}
-    for label, name in ((0, "real"), (1, "fake")):
-        inside = words[fake == label]
-        shares = {
-            word: float(np.mean(inside == word)) for word in ("real", "fake", "uncertain", "out_of_domain")
-        }
-        table[name] = {**shares, "n": len(inside), "lost": 1 - shares[name] - shares["uncertain"]}
-    return table
+    words = [fitted.verdict(float(p)) for p in fitted.probability(units.matrix)]
+    return detection.verdicts(words, units.fake)
 
 
 def _write(
@@ -279,12 +287,21 @@ def _write(
     bundle.write(
         folder, kind="ensemble", name=job.name, config={"ensemble": fitted.to_dict()}, tensors={}, preprocess=None,
         provenance={
-            "dataset": dataset, "sources": held.version.sources, "run_id": run_id, "commit": bundle.source_commit(),
+            "dataset": dataset, "sources": _sources(members, held), "run_id": run_id, "commit": bundle.source_commit(),
             "job": config.to_dict(job),
         },
         evaluation=evaluation, members={name: member.bundle.folder for name, member in members.items()},
     )  # fmt: skip
     return folder
+
+
+def _sources(members: Mapping[str, Predictor], held: Scored) -> dict[str, Any]:
+    """Of the members' training data and of the calibration data; a name that means two things is told apart by its member."""
+    found = dict(held.version.sources)
+    for name, member in members.items():
+        for source, facts in (member.bundle.info.get("sources") or {}).items():
+            found[source if found.get(source, facts) == facts else f"{source} ({name})"] = facts
+    return found
 
 
 def _register(job: EnsembleJob, workspace: Workspace, folder: Path, run_id: str) -> str:
@@ -310,14 +327,10 @@ def _page(job: EnsembleJob, fitted: Ensemble, evaluation: dict[str, Any], plots:
     rows.append(["ensemble", None, None, evaluation["auc"]["value"], evaluation["ece"]["value"]])
     gain = evaluation["best_member"]["ensemble_minus_best_auc"]
     text = (
-        f"{len(fitted.members)} members, {job.stacking} stack, calibrated on {fitted.n['real']} real and {fitted.n['fake']} fake "
+        f"{len(fitted.members)} member{'s' if len(fitted.members) > 1 else ''}, {job.stacking} stack, calibrated on {fitted.n['real']} real and {fitted.n['fake']} fake "
         f"{'pictures and videos' if job.by_video else 'pictures'}.\n\n"
         f"AUC of the ensemble minus that of `{evaluation['best_member']['name']}`: {percent(gain)}."
     )
-    verdicts = [[name, *(row[k] for k in ("n", "real", "fake", "uncertain", "out_of_domain", "lost"))]
-                for name, row in evaluation["verdicts"].items()]  # fmt: skip
-    caption = f"Shares of each class; lost = the true label was excluded, promised at most {job.alpha:.0%}"
-    head = ["truth", "n", "called real", "called fake", "uncertain", "out of domain", "lost"]
     sections = [
         Section(
             "What was fitted",
@@ -327,7 +340,10 @@ def _page(job: EnsembleJob, fitted: Ensemble, evaluation: dict[str, Any], plots:
                 Table(["member", "temperature", "weight", "AUC", "ECE"], rows),
             ],
         ),
-        Section("Verdicts", [Table(head, verdicts, caption), *_coverage_table(evaluation.get("coverage"))]),
+        Section(
+            "Verdicts",
+            [verdict_shares(evaluation["verdicts"], job.alpha), *_coverage_table(evaluation.get("coverage"))],
+        ),
         figures_section(evaluation, plots),
         Section("Everything", [Json("evaluation.json", evaluation), Json("ensemble", fitted.to_dict())]),
     ]

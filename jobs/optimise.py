@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from counterfake import bundle, config, predictor, runtime, scoring
+from counterfake import bundle, config, locks, predictor, runtime, scoring
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection
@@ -152,6 +152,7 @@ def _prepared(
     loaded: NetPredictor, data: DataConfig, limit: int, workspace: Workspace, console: Console
 ) -> tuple[Pixels, NDArray[np.int64]]:
     dataset, version = scoring.opened(data, workspace.cache)
+    locks.refuse(dataset, version, [data.split], "used to choose a runtime")
     rows = itertools.islice(scoring.labelled(dataset, version, data), limit or None)
     found: list[tuple[Pixels, int]] = []
     with (
@@ -159,9 +160,7 @@ def _prepared(
         ThreadPoolExecutor(data.threads) as pool,
     ):
         while chunk := list(itertools.islice(rows, scoring.CHUNK)):
-            decoded = pool.map(
-                lambda s: scoring.decoded(s, loaded.finds_faces, eyes=loaded.finds_eyes), chunk
-            )
+            decoded = pool.map(lambda s: scoring.decoded(s, loaded.finders, eyes=loaded.finds_eyes), chunk)
             for sample, picture in zip(chunk, decoded, strict=True):
                 if loaded.refusal(picture) is None and sample.fake is not None:
                     found.append((loaded.prepare(picture), sample.fake))

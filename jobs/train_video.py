@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from counterfake import bundle, config, images, predictor
+from counterfake import bundle, config, images, locks, predictor
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection
@@ -42,6 +42,7 @@ from counterfake.versions import Version
 from counterfake.workspace import Workspace
 from jobs.console import Console
 from jobs.evaluate import resolve
+from jobs.training import admitted
 
 Frame = tuple[str, int]  # video, number of the frame
 
@@ -77,13 +78,15 @@ def run(job: VideoJob, workspace: Workspace, *, console: Console | None = None) 
     detector = _detector(job, workspace)
     dataset = Dataset.open(_uri(job), cache=workspace.cache)
     version = dataset.version()
+    locks.refuse(dataset, version, job.splits, "read video by video")
+    tags = admitted([job.data], workspace)
     parts = [Reader(job, detector, dataset, version, split).clips(console) for split in job.splits]
     heads = {
         name: fit(parts[0], parts[1], _net(job, detector, recurrent=name == "gru"), job.head)
         for name in ("gru", "features_mean")
     }
     figures = compare(heads, parts[2], job.bootstraps)
-    with Tracker.at(workspace).start("detector", job.name, params=config.to_dict(job)) as log:
+    with Tracker.at(workspace).start("detector", job.name, tags=tags, params=config.to_dict(job)) as log:
         log.dataset(job.data.uri, version.number, version.digest, "training")
         log.metrics(_flat(figures), 0)
         folder = _write(job, workspace, detector, heads["gru"], version, log.id)
@@ -210,7 +213,7 @@ class Reader:
         for sample in self.dataset.samples(self.version, self.split):
             frame = (sample.video or "", -1 if sample.frame is None else sample.frame)
             if frame in wanted:
-                picture = decoded(sample, self.detector.finds_faces)
+                picture = decoded(sample, self.detector.finders)
                 if self.detector.refusal(picture) is None:
                     yield frame, self.detector.prepare(picture)
 

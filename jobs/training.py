@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+from counterfake import audit
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.loop import Tick, TrainJob
@@ -15,15 +16,19 @@ from counterfake.workspace import Workspace
 from jobs.console import Console
 
 
-def train(job: TrainJob, workspace: Workspace, console: Console | None = None) -> dict[str, Any]:
-    """Run a training job to its end with a progress bar -> its figures, for people and `--json`."""
+def train(
+    job: TrainJob, workspace: Workspace, console: Console | None = None, *, parent_run: str | None = None
+) -> dict[str, Any]:
+    """Run a training job to its end with a progress bar -> its figures, for people and `--json`.
+
+    parent_run: the MLflow run that it is nested below."""
     from counterfake.cluster.train import fit  # not at import: a preset must not load MLflow
 
     console = console or Console(quiet=True)
     where = f"on {job.workers} Ray workers" if job.workers else "in this process"
     console.stage(f"train {job.name} on {job.data.uri or '(no dataset)'} {where}")
     with contextlib.ExitStack() as stack:
-        result = fit(job, workspace, on_progress=_Bar(console, job, stack))
+        result = fit(job, workspace, on_progress=_Bar(console, job, stack), parent_run=parent_run)
     if result.reused:
         console.event(
             f"{result.name} was finished before; this is its result. Change a setting, or the name, to train anew"
@@ -72,6 +77,18 @@ def both_classes(parts: Iterable[DataConfig | None], workspace: Workspace) -> st
             )
         found.append(f"{data.split} {real} real, {fake} fake")
     return "; ".join(found)
+
+
+def admitted(parts: Iterable[DataConfig], workspace: Workspace) -> dict[str, str]:
+    """Ask the audits of these datasets for leaks -> tags for the run: the leaks that data.allow_leaks let through.
+
+    Raises DataError for a leak that none of the parts allows."""
+    parts = list(parts)
+    allow, leaks = any(data.allow_leaks for data in parts), set[str]()
+    for uri in dict.fromkeys(workspace.dataset(data.uri) for data in parts):
+        dataset = Dataset.open(uri, cache=workspace.cache)
+        leaks.update(audit.admit(dataset, dataset.version(dataset.pinned), allow_leaks=allow))
+    return {"counterfake.allowed_leaks": ", ".join(sorted(leaks))} if leaks else {}
 
 
 def _remedy(data: DataConfig, unlabelled: int) -> str:

@@ -6,10 +6,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,88 @@ def shared_data() -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """PEM files of a throwaway signer: its chain up to a root of its own, and its key."""
+
+    certificate: str
+    key: str
+
+
+@pytest.fixture(scope="session")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Credentials]:
+    """`credentials(algorithm="es256")` or "ed25519" -> a new signer of C2PA manifests; days: how long it is valid."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    def certificate(name: str, issuer: str, key: Any, issued_by: Any, days: int) -> Any:
+        now, root = datetime.now(UTC), name == issuer
+        subject, signer = (
+            x509.Name(
+                [
+                    x509.NameAttribute(o, v)
+                    for o, v in ((NameOID.ORGANIZATION_NAME, "tests"), (NameOID.COMMON_NAME, n))
+                ]
+            )
+            for n in (name, issuer)
+        )
+        usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"), False)  # fmt: skip
+        made = x509.CertificateBuilder(
+            signer,
+            subject,
+            key.public_key(),
+            x509.random_serial_number(),
+            now - timedelta(days=30),
+            now + timedelta(days=days),
+        )
+        made = made.add_extension(x509.BasicConstraints(root, None), critical=True)
+        made = made.add_extension(
+            x509.KeyUsage(digital_signature=True, key_cert_sign=root, crl_sign=root, **usage), critical=True
+        )
+        made = made.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issued_by.public_key()), critical=False
+        )
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        if not root:
+            made = made.add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False
+            )
+        return made.sign(
+            issued_by, None if isinstance(issued_by, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+        )
+
+    def issue(algorithm: str = "es256", *, days: int = 30) -> Credentials:
+        edwards = algorithm == "ed25519"
+        root, own = (
+            ed25519.Ed25519PrivateKey.generate() if edwards else ec.generate_private_key(ec.SECP256R1())
+            for _ in range(2)
+        )
+        chain = certificate("leaf", "root", own, root, days), certificate("root", "root", root, root, 30)
+        folder, pem = tmp_path_factory.mktemp("credentials"), serialization.Encoding.PEM
+        (folder / "chain.pem").write_bytes(b"".join(c.public_bytes(pem) for c in chain))
+        form = (
+            serialization.PrivateFormat.TraditionalOpenSSL
+            if not edwards
+            else serialization.PrivateFormat.PKCS8
+        )
+        (folder / "key.pem").write_bytes(own.private_bytes(pem, form, serialization.NoEncryption()))
+        return Credentials(str(folder / "chain.pem"), str(folder / "key.pem"))
+
+    pytest.importorskip("c2pa", reason="c2pa-python is not installed")
+    return issue
+
+
+@pytest.fixture(autouse=True)
+def one_thread_again() -> Iterator[None]:
+    """A run in this process leaves torch its threads, and two cores shared by several processes make those spin."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path):
     from counterfake.workspace import Workspace
@@ -74,13 +159,22 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """moto's server: S3 over real HTTP."""
+    """moto's server: S3 over real HTTP, its conditional writes made atomic: moto looks first and then writes."""
     server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    responses = pytest.importorskip("moto.s3.responses").S3Response
+    put_object, one_at_a_time = responses.put_object, threading.Lock()
+
+    def put(request: Any) -> Any:
+        with one_at_a_time:
+            return put_object(request)
+
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses, "put_object", put)
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+        server.stop()
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ LIBRARY = ROOT / "platform" / "counterfake"
 
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
-    0: "config errors workspace dist storage telemetry",
-    1: "arrays blending fingerprint grouping media video faces images order parts prepare records samples staging versions labels locks sources data curation nets",
-    2: "audit learners forensics evaluation ensemble checkpoint loop export",
-    3: "bundle conversion extractor runtime predictor scoring verdicts provenance outbox tracking gate registry",
+    0: "config errors workspace dist memory storage telemetry",
+    1: "arrays blending boxes changes fingerprint folds grouping rowlists media video faces images order parts prepare quality records samples staging versions labels locks sources data curation nets",
+    2: "audit learners forensics evaluation ensemble checkpoint loop",
+    3: "bundle conversion export extractor runtime predictor scoring verdicts provenance outbox tracking gate registry",
     4: "cluster",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -43,6 +43,8 @@ HOMES = {
     "onnxruntime": ("platform/counterfake/runtime.py",),
     "openvino": ("platform/counterfake/runtime.py",),
     "optuna": ("platform/counterfake/cluster/tune.py",),
+    "c2pa": ("platform/counterfake/provenance.py",),
+    "cryptography": ("platform/counterfake/provenance.py",),
 }
 FORBIDDEN = {
     "pickle": "weights are safetensors, the rest is JSON",

@@ -32,7 +32,15 @@ from counterfake.evaluation.card import model_card
 from counterfake.nets import NetConfig
 
 Kind = Literal[
-    "detector", "benford", "generator", "faceswap", "autoencoder", "classifier", "next_frame", "ensemble"
+    "detector",
+    "benford",
+    "error_level",
+    "generator",
+    "faceswap",
+    "autoencoder",
+    "classifier",
+    "next_frame",
+    "ensemble",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 FORMAT = 1

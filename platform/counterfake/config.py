@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from counterfake.errors import ConfigError
 
 T = TypeVar("T")
@@ -108,6 +106,8 @@ def digest(config: Any) -> str:
 
 def load_file(path: str | Path) -> dict[str, Any]:
     """Dotted overrides from a YAML, TOML or JSON file. Nested and dotted keys may be mixed."""
+    import yaml  # here: jobs are built where there is only torch, too
+
     path = Path(path)
     try:
         text = path.read_text()
@@ -294,6 +294,8 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
 
 def _parse(text: str) -> Any:
     """A command-line value: YAML, except that 1e-4 is a number as everywhere else."""
+    import yaml
+
     try:
         return float(text) if "e" in text.lower() and text.strip()[-1:].isdigit() else yaml.safe_load(text)
     except ValueError:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,6 +23,9 @@ from counterfake.errors import ConfigError, DataError
 from counterfake.faces import MARGIN, Box, Face, Point
 
 Pixels = NDArray[np.uint8]
+Finder = Literal[
+    "cascade", "cascade-default"
+]  # face finders that need no model file: every process can search by them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,13 @@ class Preprocess:
     # level and at fixed places, where they are known
     crop: Literal["none", "center", "face", "aligned"] = "none"
     margin: float = MARGIN  # side of the face crop / longer side of the face box
+    finder: Finder = "cascade"  # looks for the face where a picture comes without a box
+    boxes: str = (
+        ""  # what found the boxes of the training rows, like cascade or synthetic; recorded after training
+    )
+    box_margin: float = (
+        0.0  # with which the training rows were cut around them, 1 = not cut; recorded after training
+    )
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3) or self.margin <= 0:
@@ -98,14 +109,34 @@ class Preprocess:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """What pictures go through before they are shared. Each step happens with `probability`, at a uniform strength."""
+    """What pictures go through before they are shared. Each step happens with `probability`, at a uniform strength.
 
-    probability: float = 0.5  # of each step below, independently
-    jpeg: tuple[int, int] | None = (40, 100)  # quality
-    blur: tuple[float, float] | None = (0.1, 2.0)  # sigma of the Gaussian, pixels
-    resize: tuple[float, float] | None = (0.5, 1.0)  # shrink by this factor, then back to the old size
-    noise: tuple[float, float] | None = (0.0, 8.0)  # standard deviation, of 255
+    The strengths reach from nothing to the worst still cell of the robustness grid; off unless a probability is given."""
+
+    probability: float = 0.0  # of each step below, independently
+    jpeg: tuple[int, int] | None = (30, 100)  # quality
+    blur: tuple[float, float] | None = (0.1, 3.0)  # sigma of the Gaussian, pixels
+    resize: tuple[float, float] | None = (0.25, 1.0)  # shrink by this factor, then back to the old size
+    noise: tuple[float, float] | None = (0.0, 20.0)  # standard deviation, of 255
     share: float = 0.0  # share of pictures that go through `share_chain` last of all
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.probability <= 1 and 0 <= self.share <= 1):
+            raise ConfigError(
+                f"degradation.probability and share must lie in [0, 1], got {self.probability:g} and {self.share:g}"
+            )
+        limits = {"jpeg": (1, 100), "blur": (0, 50), "resize": (0.01, 1), "noise": (0, 255)}
+        for name, (least, most) in limits.items():
+            bounds = getattr(self, name)
+            if bounds is not None and not least <= bounds[0] <= bounds[1] <= most:
+                raise ConfigError(
+                    f"degradation.{name} must be [low, high] in [{least:g}, {most:g}], got {list(bounds)}"
+                )
+
+    @property
+    def active(self) -> bool:
+        """Whether any picture is changed."""
+        return self.probability > 0 or self.share > 0
 
 
 def degrade(pixels: Pixels, degradation: Degradation, rng: np.random.Generator) -> Pixels:
@@ -126,6 +157,12 @@ def degrade(pixels: Pixels, degradation: Degradation, rng: np.random.Generator) 
     if degradation.share and rng.random() < degradation.share:
         out = share_chain(out)
     return out
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """Random numbers that these parts decide alone, like (seed, epoch, id of a row): the same in any process and order."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def rescale(pixels: Pixels, factor: float) -> Pixels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from counterfake import dist
-from counterfake.data import Batch, DataConfig
+from counterfake.data import Batch, DataConfig, check_world
 from counterfake.errors import ConfigError, NonFiniteError
 from counterfake.learners import Learner, LearnerConfig
 
@@ -96,11 +96,9 @@ class TrainJob:
                 f"loop.stop_metric {self.loop.stop_metric} is measured on held-out rows but the job has no validation; "
                 "set validation.uri, name a metric of training, or set loop.patience_ticks=0"
             )
-        if self.data.batch_size % max(self.workers, 1):
-            raise ConfigError(
-                f"data.batch_size {self.data.batch_size} is not divisible by {self.workers} workers; "
-                f"set data.batch_size={math.ceil(self.data.batch_size / self.workers) * self.workers}"
-            )
+        if self.task == "detector":
+            _check_held_out(self)
+        check_world(self.data, max(self.workers, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +193,55 @@ def train(
             history = _History()
 
 
+def check_finite(state: Mapping[str, Any], step: int) -> None:
+    """Before a checkpoint: the update of a tick's last step has been in no metric yet.
+
+    state: of the learner, on every rank. Raises NonFiniteError on every rank, if a tensor of any is NaN or infinite."""
+    bad = [
+        name for name, value in _tensors(state) if value.is_floating_point() and not value.isfinite().all()
+    ]
+    count = torch.tensor(float(len(bad)), device=dist.device())
+    if dist.mean({"bad": count})["bad"]:
+        raise NonFiniteError(
+            f"{bad[0] if bad else 'a weight on another rank'} became NaN or infinite in the update of step {step}; the last "
+            "checkpoint is good: resume it with a lower learning rate, or with loop.precision=fp32"
+        )
+
+
+def _check_held_out(job: TrainJob) -> None:
+    """Raises ConfigError where a detector would be stopped, or its weights chosen, by rows that it trained on or is judged on."""
+    metric, validation = job.loop.stop_metric, job.validation
+    if job.loop.patience_ticks and not metric.startswith("val_"):
+        raise ConfigError(
+            f"loop.stop_metric {metric} is measured on training rows; name one of held-out rows, like val_auc, "
+            "or set loop.patience_ticks=0"
+        )
+    if validation is None:
+        return
+    if validation.split == "test":
+        raise ConfigError(
+            "validation.split=test would choose weights on the rows that the detector is judged on; set another split"
+        )
+    if (validation.uri, validation.where) != (job.data.uri, job.data.where) or not validation.uri:
+        return
+    if validation.split == job.data.split or "*" in (validation.split, job.data.split):
+        raise ConfigError(
+            f"validation.split={validation.split} holds rows that data.split={job.data.split} trains on; "
+            "set another split, or a validation.where of other rows"
+        )
+
+
 # -- private --------------------------------------------------------------------------------------------------------
+
+
+def _tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested dictionaries and lists, with its path."""
+    if isinstance(state, Tensor):
+        yield path, state
+    elif isinstance(state, Mapping | list | tuple):
+        items = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for name, value in items:
+            yield from _tensors(value, f"{path}.{name}" if path else str(name))
 
 
 @dataclass

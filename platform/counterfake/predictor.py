@@ -30,14 +30,19 @@ from counterfake.bundle import Bundle
 from counterfake.ensemble import Ensemble
 from counterfake.errors import CheckpointError, MediaError
 from counterfake.faces import Face, FaceDetector
-from counterfake.forensics.benford import BenfordConfig, features_of
+from counterfake.forensics.benford import BenfordConfig
+from counterfake.forensics.error_level import ErrorLevelConfig
 from counterfake.forensics.forest import BenfordForest
-from counterfake.images import Preprocess, overlay, to_float
+from counterfake.images import Finder, Preprocess, overlay, to_float
 from counterfake.samples import Sample
 
 logger = logging.getLogger(__name__)
 
 BATCH = runtime.BATCH  # pictures in one pass
+FORESTS: dict[str, type[BenfordConfig] | type[ErrorLevelConfig]] = {
+    "benford": BenfordConfig,
+    "error_level": ErrorLevelConfig,
+}  # kind of the bundle -> settings of its features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,9 @@ class Decoded:
 
     pixels: NDArray[np.uint8]  # (H, W, C)
     faces: tuple[Face, ...] | None = None
+    found_by: Mapping[str, tuple[Face, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # finder -> its faces, where several searched
     seconds: float = 0.0  # spent decoding
 
     @classmethod
@@ -57,6 +65,17 @@ class Decoded:
         flat = sample.landmarks or []
         marks = list(zip(flat[::2], flat[1::2], strict=True)) or None
         return cls(pixels=pixels, faces=(Face(sample.face_box, 1.0, marks),))
+
+    def searched(self, finders: Sequence[Finder], eyes: bool = False) -> Decoded:
+        """The same with the faces that each finder finds; `faces` are those of the first. Without finders unchanged."""
+        found: dict[str, tuple[Face, ...]] = {
+            finder: find_faces(self.pixels, eyes, finder) for finder in finders
+        }
+        return dataclasses.replace(self, faces=found[finders[0]], found_by=found) if finders else self
+
+    def faces_by(self, finder: str) -> tuple[Face, ...]:
+        """Faces as this finder found them; where it did not search, those that are known."""
+        return self.found_by.get(finder, self.faces or ())
 
 
 class Predictor(Protocol):
@@ -80,7 +99,7 @@ class Predictor(Protocol):
 
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", eager: bool = False
-) -> NetPredictor | BenfordPredictor | EnsemblePredictor:
+) -> NetPredictor | ForestPredictor | EnsemblePredictor:
     """The detector or ensemble in a bundle folder, every digest verified. CheckpointError for other kinds.
 
     Nets run as their bundle records for this device, and in torch where it records nothing or `eager` is set. CPU threads
@@ -88,35 +107,36 @@ def load(
     bundle = bundles.read(Path(folder))
     if bundle.kind == "ensemble":
         return EnsemblePredictor(bundle, device, eager=eager)
-    if bundle.kind == "benford":
-        return BenfordPredictor(bundle)
+    if bundle.kind in FORESTS:
+        return ForestPredictor(bundle)
     if bundle.kind == "detector":
         return NetPredictor(bundle, device, eager=eager)
-    raise CheckpointError(f"{folder} holds a {bundle.kind}; give a detector, a Benford forest or an ensemble")
+    raise CheckpointError(
+        f"{folder} holds a {bundle.kind}; give a detector, a forensic forest or an ensemble"
+    )
 
 
-def find_faces(pixels: NDArray[np.uint8], eyes: bool = False) -> tuple[Face, ...]:
+def find_faces(pixels: NDArray[np.uint8], eyes: bool = False, finder: Finder = "cascade") -> tuple[Face, ...]:
     """Faces, the largest first, with `eyes` where they are seen. Callable from any thread."""
     if not hasattr(_threads, "detectors"):  # OpenCV's cascade keeps state: one per thread
         _threads.detectors = {}
-    known: dict[bool, FaceDetector] = _threads.detectors
-    if eyes not in known:
-        known[eyes] = FaceDetector(eyes=eyes)
-    return tuple(known[eyes].detect(pixels))
+    known: dict[tuple[Finder, bool], FaceDetector] = _threads.detectors
+    if (finder, eyes) not in known:
+        known[finder, eyes] = FaceDetector(finder, eyes=eyes)
+    return tuple(known[finder, eyes].detect(pixels))
 
 
 class _Answers:
     """The part of Predictor that follows from `refusal` and `_scores`."""
 
     name: str
-    finds_faces = False  # whether `decode` looks for faces
+    finders: tuple[Finder, ...] = ()  # by which `decode` looks for faces; () = it does not
     finds_eyes = False  # and for their eyes, which takes half as long again
 
     def decode(self, data: bytes, limits: media.Limits = media.DEFAULT_LIMITS) -> Decoded:
         start = time.perf_counter()
-        pixels = media.decode(data, limits)
-        faces = find_faces(pixels, self.finds_eyes) if self.finds_faces else None
-        return Decoded(pixels=pixels, faces=faces, seconds=time.perf_counter() - start)
+        picture = Decoded(pixels=media.decode(data, limits)).searched(self.finders, self.finds_eyes)
+        return dataclasses.replace(picture, seconds=time.perf_counter() - start)
 
     def refusal(self, picture: Decoded) -> str | None:
         return None
@@ -146,19 +166,27 @@ class NetPredictor(_Answers):
             )
         self.bundle, self.name, self.device = bundle, bundle.name, torch.device(device)
         self.preprocess = settings.from_dict(Preprocess, bundle.info["preprocess"])
-        self.finds_faces, self.finds_eyes = self.preprocess.needs_face, self.preprocess.crop == "aligned"
+        self.finders = (self.preprocess.finder,) if self.preprocess.needs_face else ()
+        self.finds_eyes = self.preprocess.crop == "aligned"
+        if self.finders and self.preprocess.boxes not in ("", self.preprocess.finder):
+            told = (self.name, self.preprocess.boxes, self.preprocess.finder)
+            logger.info("%s was trained on face boxes of %s; %s looks for faces without a box", *told)
         net = _fix_rows(next(iter(nets.values())))
         self.net = net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.runtime, self.engine = self._started(runtime.TORCH if eager else self._chosen())
 
     def refusal(self, picture: Decoded) -> str | None:
-        return "no_face" if self.finds_faces and not picture.faces else None
+        return "no_face" if self.finders and not self._faces(picture) else None
 
     def prepare(self, picture: Decoded) -> NDArray[np.uint8]:
         """(size, size, C) uint8: exactly what training saw."""
-        if not (self.finds_faces and picture.faces):
+        faces = self._faces(picture)
+        if not (self.finders and faces):
             return self.preprocess.apply(picture.pixels)
-        return self.preprocess.apply(picture.pixels, picture.faces[0].box, picture.faces[0].landmarks)
+        return self.preprocess.apply(picture.pixels, faces[0].box, faces[0].landmarks)
+
+    def _faces(self, picture: Decoded) -> tuple[Face, ...]:
+        return picture.faces_by(self.preprocess.finder)
 
     def predict_prepared(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """images (N, size, size, C) -> probability of being fake (N,)."""
@@ -203,12 +231,12 @@ class NetPredictor(_Answers):
         return to_float(batch).contiguous(memory_format=torch.channels_last)
 
 
-class BenfordPredictor(_Answers):
-    """First-digit features and trees, on the picture at its own size."""
+class ForestPredictor(_Answers):
+    """Features of a forensic family and trees, on the picture at its own size."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.name = bundle, bundle.name
-        self.config = settings.from_dict(BenfordConfig, bundle.config["benford"])
+        self.config = settings.from_dict(FORESTS[bundle.kind], bundle.config[bundle.kind])
         self.forest = BenfordForest.from_tensors(bundle.arrays())
         if self.forest.inputs != len(self.config.names()):
             raise CheckpointError(
@@ -219,7 +247,7 @@ class BenfordPredictor(_Answers):
         return "too_small" if min(picture.pixels.shape[:2]) < self.config.min_side else None
 
     def _scores(self, pictures: Sequence[Decoded]) -> NDArray[np.float64]:
-        return self.forest.predict(features_of([picture.pixels for picture in pictures], self.config))
+        return self.forest.predict(self.config.features_of([picture.pixels for picture in pictures]))
 
 
 class Judge:
@@ -233,7 +261,7 @@ class Judge:
             raise CheckpointError(f"bundle {bundle.folder} was calibrated for other members than it holds")
         prepared = [b.info["preprocess"] for b in self.infos.values() if b.info["preprocess"]]
         asked = [settings.from_dict(Preprocess, tree) for tree in prepared]
-        self.finds_faces = any(preprocess.needs_face for preprocess in asked)
+        self.finders = tuple(dict.fromkeys(one.finder for one in asked if one.needs_face))
         self.finds_eyes = any(preprocess.crop == "aligned" for preprocess in asked)
 
     def combine(self, probabilities: Mapping[str, float]) -> float:
@@ -316,7 +344,7 @@ class EnsemblePredictor(_Answers):
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", *, eager: bool = False) -> None:
         self.bundle, self.name, self.judge = bundle, bundle.name, Judge(bundle)
         self.ensemble = self.judge.ensemble
-        self.finds_faces, self.finds_eyes = self.judge.finds_faces, self.judge.finds_eyes
+        self.finders, self.finds_eyes = self.judge.finders, self.judge.finds_eyes
         self.members: dict[str, Predictor] = {
             n: load(bundle.members[n], device=device, eager=eager) for n in self.ensemble.members
         }

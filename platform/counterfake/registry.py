@@ -25,13 +25,15 @@ import counterfake
 from counterfake import bundle as bundles
 from counterfake.bundle import Bundle
 from counterfake.errors import CheckpointError, GateError, NotFoundError, RegistryError, TrackingError
-from counterfake.gate import Gate, figure
+from counterfake.gate import Gate, figure, usual
 from counterfake.storage import Store, open_store
 from counterfake.tracking import Tracker, connect, errors
 from counterfake.workspace import Workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from counterfake.provenance import Signer, Signing
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +154,7 @@ class Registry:
     ) -> ModelVersion:
         """Point `alias` to `version` if the gate passes and nobody else moves it meanwhile.
 
+        gate: None = the usual one of the alias (gate.py), `Gate()` = none.
         expected: the version the alias must point to now (0 = none). Raises GateError, or RegistryError for the slower
         of two promoters."""
         if not _ALIAS.fullmatch(alias):
@@ -159,20 +162,19 @@ class Registry:
         chosen = self.get(f"{name}/{version}")
         records = self._promotions(name, alias)
         current = self._current(name, alias, records)
-        if expected is not None and expected != current:
-            raise RegistryError(
-                f"{name}@{alias} is version {current or 'none'}, not {expected or 'none'} as expected: somebody "
-                f"promoted meanwhile; look at it and promote again with expected={current}"
-            )
-        self._pass(gate, chosen, current, alias)
+        _expect(name, alias, current, expected, "promote")
+        self._pass(usual(alias) if gate is None else gate, chosen, current, alias)
         self._record(chosen, alias, records, current)
         self._settle(name, alias)
         return self.get(chosen.reference)
 
-    def rollback(self, name: str, alias: str = "champion") -> ModelVersion:
-        """Point `alias` back to the version it pointed to before the current one. No gate: it has passed already."""
+    def rollback(self, name: str, alias: str = "champion", expected: int | None = None) -> ModelVersion:
+        """Point `alias` back to the version it pointed to before the current one. No gate: it has passed already.
+
+        expected: as `promote`."""
         records = self._promotions(name, alias)
         current = self._current(name, alias, records)
+        _expect(name, alias, current, expected, "roll back")
         trail = _trail(records)
         if len(trail) < 2:
             raise RegistryError(f"{name}@{alias} has no earlier version to go back to")
@@ -269,11 +271,11 @@ class Registry:
         client.finalize_logged_model(logged.model_id, "READY")
         return str(logged.artifact_location), str(logged.model_id)
 
-    def _pass(self, gate: Gate | None, chosen: ModelVersion, current: int, alias: str) -> None:
-        if gate is None:
+    def _pass(self, gate: Gate, chosen: ModelVersion, current: int, alias: str) -> None:
+        if gate == Gate():
             return
         before = self._evaluation(self.get(f"{chosen.name}/{current}").digest) if current else None
-        failed = gate.check(self._evaluation(chosen.digest), before)
+        failed = gate.check(self._evaluation(chosen.digest), before, self._sources(chosen.digest))
         if failed:
             stays = f"stays version {current}" if current else "is not set"
             raise GateError(
@@ -285,6 +287,10 @@ class Registry:
             return dict(json.loads(self._store.read(f"{digest}/{bundles.EVALUATION}")))
         except NotFoundError:
             return None
+
+    def _sources(self, digest: str) -> dict[str, Any]:
+        info = json.loads(self._store.read(f"{digest}/{bundles.MANIFEST}"))
+        return dict(info.get("sources") or {})
 
     def _promotions(self, name: str, alias: str) -> Records:
         keys = sorted(entry.key for entry in self._store.list(_journal(name, alias)))
@@ -332,6 +338,7 @@ class Registry:
 # What MLflow runs to load a version: code kept as text beside the weights, so nothing is unpickled.
 _ENTRY = '''"""The bundle beside this file, through counterfake's own predictor: {says}."""
 
+import os
 from typing import Any
 
 import mlflow
@@ -339,9 +346,11 @@ import mlflow
 
 class BundleModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
+        from counterfake.provenance import Signing
         from counterfake.registry import opened
 
-        self.answer = opened(context.artifacts["bundle"])
+        key = {{"certificate": os.environ.get("COUNTERFAKE_C2PA_CERT", ""), "key": os.environ.get("COUNTERFAKE_C2PA_KEY", "")}}
+        self.answer = opened(context.artifacts["bundle"], Signing(**key))
 
     def predict(self, context: Any, model_input: list[{takes}], params: Any = None) -> list[{gives}]:
         return self.answer(list(model_input))
@@ -350,32 +359,42 @@ class BundleModel(mlflow.pyfunc.PythonModel):
 mlflow.models.set_model(BundleModel())
 '''
 _DETECTS = {"says": "encoded pictures -> probability of being fake, each", "takes": "bytes", "gives": "float"}
-_PAINTS = {"says": "seeds -> one PNG each, marked as synthetic", "takes": "int", "gives": "bytes"}
+_PAINTS = {
+    "says": "seeds -> one PNG each, marked as synthetic; of several classes the seed draws one",
+    "takes": "int",
+    "gives": "bytes",
+}
 
 
-def opened(folder: str | Path) -> Callable[[Any], Any]:
-    """What a bundle does as an MLflow model: pictures -> probabilities, or for a generator seeds -> PNG files."""
+def opened(folder: str | Path, sign: Signing | None = None) -> Callable[[Any], Any]:
+    """What a bundle does as an MLflow model: pictures -> probabilities, or for a generator seeds -> PNG files, which are
+    signed where `sign` names a key. Raises ConfigError for a key that does not sign."""
     bundle = bundles.read(Path(folder))
     if bundle.kind == "generator":
-        return functools.partial(_paint, bundle, bundles.load_nets(bundle)["generator"])
+        signer = sign.load() if sign else None
+        return functools.partial(_paint, bundle, bundles.load_nets(bundle)["generator"], signer)
     from counterfake import predictor
 
     return predictor.load(Path(folder)).predict_bytes
 
 
-def _paint(bundle: Bundle, net: Any, seeds: Sequence[int]) -> Sequence[bytes]:
+def _paint(bundle: Bundle, net: Any, signer: Signer | None, seeds: Sequence[int]) -> Sequence[bytes]:
+    """A PNG per seed; of a conditional generator the seed draws the class too, each equally often."""
     import torch
 
     from counterfake import images, media, provenance
 
-    width = int(bundle.config["generator"]["noise_size"])
-    noise = torch.stack(
-        [torch.randn(width, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    settings = bundle.config["generator"]
+    width, classes = int(settings["noise_size"]), int(settings.get("classes", 0))
+    sources = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise = torch.stack([torch.randn(width, generator=source) for source in sources])
+    asked = (
+        [torch.stack([torch.randint(classes, (), generator=source) for source in sources])] if classes else []
     )
     with torch.inference_mode():
-        pictures = images.to_uint8(net(noise)).permute(0, 2, 3, 1).numpy()
+        pictures = images.to_uint8(net(noise, *asked)).permute(0, 2, 3, 1).numpy()
     maker = f"{bundle.name}@{bundle.digest[:8]}"
-    return [provenance.mark(media.encode(pixels, "png"), maker=maker) for pixels in pictures]
+    return [provenance.mark(media.encode(pixels, "png"), maker=maker, signer=signer) for pixels in pictures]
 
 
 def _save_pyfunc(folder: Path, bundle: Bundle) -> None:
@@ -445,6 +464,14 @@ def _lineage(bundle: Bundle, run_id: str, uri: str) -> dict[str, str]:
     return {k: v for k, v in labels.items() if v} | {
         k: f"{v:.4f}" for k, v in measured.items() if v is not None
     }
+
+
+def _expect(name: str, alias: str, current: int, expected: int | None, doing: str) -> None:
+    if expected is not None and expected != current:
+        raise RegistryError(
+            f"{name}@{alias} is version {current or 'none'}, not {expected or 'none'} as expected: somebody "
+            f"promoted meanwhile; look at it and {doing} again with expected={current}"
+        )
 
 
 def _journal(name: str, alias: str) -> str:

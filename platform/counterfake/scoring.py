@@ -26,7 +26,8 @@ from counterfake.evaluation import detection
 from counterfake.evaluation.robustness import CLEAN, Cell
 from counterfake.faces import Face
 from counterfake.grouping import Links
-from counterfake.predictor import Decoded, Predictor, find_faces
+from counterfake.images import Finder
+from counterfake.predictor import Decoded, Predictor
 from counterfake.records import Dataset
 from counterfake.samples import Sample
 from counterfake.versions import Version, fits
@@ -178,12 +179,12 @@ def score(
     if not look:
         locks.refuse(dataset, version, [data.split], "scored row by row")
     rows = _Rows(attributes, predictors)
-    faces = any(getattr(predictor, "finds_faces", False) for predictor in predictors.values())
+    finders = tuple(dict.fromkeys(f for p in predictors.values() for f in getattr(p, "finders", ())))
     eyes = any(getattr(predictor, "finds_eyes", False) for predictor in predictors.values())
     started = time.perf_counter()
     with ThreadPoolExecutor(data.threads) as pool:
         for chunk in _chunks(labelled(dataset, version, data), limit):
-            rows.add(chunk, list(pool.map(lambda sample: decoded(sample, faces, cell, seed, eyes), chunk)))
+            rows.add(chunk, list(pool.map(lambda sample: decoded(sample, finders, cell, seed, eyes), chunk)))
             if progress:
                 progress(len(chunk))
     if not rows.ids:
@@ -212,16 +213,14 @@ def labelled(dataset: Dataset, version: Version, data: DataConfig) -> Iterator[S
 
 
 def decoded(
-    sample: Sample, faces: bool = False, cell: Cell = CLEAN, seed: int = 0, eyes: bool = False
+    sample: Sample, finders: Sequence[Finder] = (), cell: Cell = CLEAN, seed: int = 0, eyes: bool = False
 ) -> Decoded:
     """The sample as a detector reads it, damaged by `cell`. A face (and its eyes) is searched only where none was recorded and
     one is needed."""
     picture = Decoded.of(sample)
     if cell != CLEAN:
         picture = _damaged(picture, cell, (seed, sample.id))
-    if picture.faces or not faces:
-        return picture
-    return dataclasses.replace(picture, faces=find_faces(picture.pixels, eyes))
+    return picture if picture.faces else picture.searched(finders, eyes)
 
 
 def latency_ms(predictor: Predictor, pictures: Sequence[bytes], repeats: int = 3) -> float:

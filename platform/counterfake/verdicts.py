@@ -30,6 +30,7 @@ from counterfake.records import Dataset
 from counterfake.registry import Registry
 from counterfake.samples import Sample, to_sample
 from counterfake.sources.folder import FolderSource, archive_names, is_divisible, read_files
+from counterfake.sources.listing import is_litter
 from counterfake.storage import Store, open_store
 
 FORMAT = 1  # of parts; raised when they would hold something else
@@ -96,7 +97,7 @@ class FolderParts:
             raise ConfigError(
                 f"{self.path} can only be read from front to back; unpack it, or pack it as .zip"
             )
-        names = list(archive_names(self._path))
+        names = [name for name in archive_names(self._path) if not is_litter(name)]
         if not names:
             raise DataError(f"{self.path} holds no files; name a folder with pictures")
         chunks = [names[start : start + self.rows] for start in range(0, len(names), self.rows)]
@@ -287,8 +288,7 @@ def _decoded(loaded: EnsemblePredictor, picture: Picture) -> Decoded | tuple[str
     if picture.unread:
         return "unread", picture.unread
     if picture.data is None:
-        faces = predictor.find_faces(picture.pixels, loaded.finds_eyes) if loaded.finds_faces else None
-        return Decoded(pixels=picture.pixels, faces=faces)
+        return Decoded(pixels=picture.pixels).searched(loaded.finders, loaded.finds_eyes)
     try:
         return loaded.decode(picture.data)
     except MediaError as error:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from counterfake import provenance
 from counterfake.data import DataConfig
 from counterfake.images import Preprocess
 from counterfake.learners.gan import GanConfig
@@ -26,7 +27,12 @@ def test_a_run_leaves_a_gif_and_says_that_nothing_was_wrong(workspace: Workspace
     assert tracker.read(result["run_id"])["status"] == "FINISHED"
     previews = tracker.files(result["run_id"], "previews/samples")
     assert len(previews) == 3
-    with Image.open(io.BytesIO(tracker.load(result["run_id"], "dcgan.gif"))) as gif:
+    film = tracker.load(result["run_id"], "dcgan.gif")
+    epochs = [f"epochs/image_at_epoch_{epoch:04d}.png" for epoch in (1, 2, 3)]
+    assert tracker.files(result["run_id"], "epochs") == epochs
+    for data in (film, *(tracker.load(result["run_id"], path) for path in (*previews, *epochs))):
+        assert provenance.read(data).digital_source_type == "trainedAlgorithmicMedia"
+    with Image.open(io.BytesIO(film)) as gif:
         assert gif.n_frames == len(set(gif_frames(previews)))  # the last, given twice, is shown longer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from counterfake import config, media
+from counterfake.cluster.budget import Budget
 from counterfake.cluster.space import SearchSpace
 from counterfake.cluster.tune import Trial, _scheduler, search, winner
 from counterfake.data import DataConfig
@@ -106,9 +110,46 @@ def test_a_trial_may_be_a_ray_train_run_of_its_own(ray_local: object, prepared: 
     assert result.best.value is not None
 
 
+def test_a_population_goes_on_from_the_best_ones_checkpoint(ray_local: object, prepared: Workspace) -> None:
+    space = SearchSpace(
+        settings={"learner.lr": {"log": [1e-4, 1e-2]}, "learner.label_smoothing": {"choice": [0.0, 0.1]}}
+    )
+    result = search(job("population"), space, prepared, trials=3, scheduler="pbt")
+    assert [t.state for t in result.trials] == ["finished"] * 3
+    assert [t.steps for t in result.trials] == [8] * 3
+    tracker = Tracker.at(prepared)
+    runs = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": result.run_id})]
+    clones = [run for run in runs if "-from-" in run["name"]]
+    assert clones  # three trials, three exchanges: somebody lagged
+    for clone in clones:
+        step = int(clone["name"].rpartition("-")[2])
+        history = tracker.history(clone["run_id"], "loss")
+        assert all(at > step for at, _ in history)  # the donor's steps are not trained again
+        if history:
+            assert history[0][0] == step + 2
+    for trial in result.trials:  # what a trial ended with is what its last run was trained with
+        run = next(r for r in runs if r["run_id"] == trial.run_id)
+        assert run["params"]["learner.lr"] == str(trial.settings["learner.lr"])
+        assert 1e-4 <= trial.settings["learner.lr"] <= 1e-2
+    searches = open_store(f"{prepared.storage}/searches/{result.name}")
+    assert not [e for e in searches.list() if "/checkpoint_" in e.key]  # the copies are swept away
+    assert result.cpu_hours > 0
+
+
+def test_a_spent_budget_ends_the_search_with_what_it_has(ray_local: object, prepared: Workspace) -> None:
+    budget = Budget(cpu_hours=1e-6)  # less than any first report takes
+    result = search(job("budget"), SPACE, prepared, trials=4, budget=budget)
+    measured = [t for t in result.trials if t.value is not None]
+    assert 1 <= len(measured) <= 2  # as many as ran at once
+    assert {(t.state, t.steps) for t in measured} == {("stopped early", 2)}
+    assert result.best in measured
+    assert result.cpu_hours > budget.cpu_hours
+
+
 def test_what_cannot_run_is_refused_before_it_starts(ray_local: object, prepared: Workspace) -> None:
     with pytest.raises(ClusterError, match=r"needs 3 x 1 CPU, the cluster has room for 2"):
-        search(config.override(job("big"), {"workers": 3, "data.batch_size": 12}), SPACE, prepared, trials=1)
+        changes = {"workers": 3, "data.batch_size": 12, "data.lanes": 3}
+        search(config.override(job("big"), changes), SPACE, prepared, trials=1)
     with pytest.raises(ConfigError, match=r"did you mean learner\.lr"):
         search(job("typo"), SearchSpace(settings={"learner.lrr": {"log": [1e-4, 1e-2]}}), prepared, trials=1)
     with pytest.raises(ConfigError, match="needs held-out rows"):
@@ -126,7 +167,12 @@ def test_the_winner_ran_to_its_end_though_another_was_better_when_it_was_stopped
 @pytest.mark.parametrize("unit", ["steps", "images", "epochs"])
 def test_no_last_report_stops_a_trial_however_bad_it_is(unit: str) -> None:
     loop = {"steps": 0, "epochs": 0, "images": 0} | {unit: 90}
-    plan = {"job": {"loop": loop}, "grace": 1 / 3, "reduction": 3.0}  # a rung lies exactly at the end
+    plan = {
+        "job": {"loop": loop},
+        "scheduler": "asha",
+        "grace": 1 / 3,
+        "reduction": 3.0,
+    }  # a rung lies exactly at the end
     scheduler = _scheduler(plan)
     scheduler.set_search_properties("auc", "max")
     attribute = {"steps": "step", "epochs": "epoch", "images": "images"}[unit]
@@ -145,49 +191,91 @@ def _ended(name: str, value: float, state: str) -> Trial:
 
 # A search in a process of its own, so that it can be killed as a whole.
 _SCRIPT = """
-import sys, json
+import sys, json, time
 from counterfake import config
 from counterfake.cluster import session
 from counterfake.cluster.space import SearchSpace
-from counterfake.cluster.tune import Trial, _scheduler, search, winner
+from counterfake.cluster.tune import search
 from counterfake.loop import TrainJob
 from counterfake.workspace import Workspace
 import counterfake.learners, counterfake.nets
 
 order = json.loads(sys.argv[1])
 workspace = config.from_dict(Workspace, order["workspace"])
-job = config.from_dict(TrainJob, order["job"])
+job, space = config.from_dict(TrainJob, order["job"]), SearchSpace(settings=order["space"])
 with session.session(workspace, cpus=2):
-    result = search(job, SearchSpace(settings=order["space"]), workspace, trials=4, on_progress=lambda s: print(s, flush=True))
-print(json.dumps([result.run_id, [t.name for t in result.trials], [t.state for t in result.trials]]), flush=True)
+    result = search(job, space, workspace, trials=8, scheduler="none", on_progress=lambda s: print(s, flush=True))
+    from ray.util import placement_group_table
+    for _ in range(50):  # Ray removes them behind our back
+        groups = sorted({group["state"] for group in placement_group_table().values()})
+        if groups == ["REMOVED"]:
+            break
+        time.sleep(0.2)
+found = [[t.name, t.state, t.steps] for t in result.trials]
+print(json.dumps([result.run_id, found, groups, result.cpu_hours]), flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_a_killed_search_goes_on_where_it_was(prepared: Workspace) -> None:
+def test_eight_trials_survive_a_crash_and_a_killed_driver(prepared: Workspace) -> None:
+    """TU-1: all finish, none twice, no placement group leaks."""
     order = {
         "workspace": config.to_dict(prepared),
-        "job": config.to_dict(job("killed", steps=12)),
+        "job": config.to_dict(job("killed", steps=16)),
         "space": {path: dict(domain) for path, domain in SPACE.settings.items()},
     }
     command = [sys.executable, "-c", _SCRIPT, json.dumps(order)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert first.stdout is not None
     try:
-        assert "trial 1:" in first.stdout.readline()  # one trial is done, others are not
-        time.sleep(3)  # the state of the search is written every two seconds
+        _read_until(first.stdout, "trial 1:")  # one trial is done, others are not
+        os.kill(_a_trial_of(first.pid), signal.SIGKILL)
+        _read_until(first.stdout, "trial 2:")
+        time.sleep(2)  # so often the state of the search is written
     finally:
         os.killpg(first.pid, signal.SIGKILL)  # the driver and its raylet, GCS and workers
         first.wait()
+    state = open_store(_search_of(prepared, "killed"))
+    assert not state.exists("result.json")  # there is something left to do
+    spending = open_store(state.uri.replace("/searches/", "/spending/"))
+    spent = json.loads(spending.read("spent.json"))["trial_seconds"]
     second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=400, check=True)
-    run_id, names, states = json.loads(second.stdout.splitlines()[-1])
-    assert len(set(names)) == 4
-    assert set(states) <= {"finished", "stopped early"}
+    run_id, found, groups, cpu_hours = json.loads(second.stdout.splitlines()[-1])
+    names = [name for name, _, _ in found]
+    assert len(set(names)) == 8
+    assert {(state, steps) for _, state, steps in found} == {("finished", 16)}
+    assert groups == ["REMOVED"]
+    assert cpu_hours > spent / 3600 > 0  # what the killed search had spent counts as well
     tracker = Tracker.at(prepared)
     assert tracker.find("detector", {"counterfake.search": tracker.read(run_id)["name"]}) == [run_id]
     children = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": run_id})]
     owned = [name for c in children for name in names if c["name"].endswith(f"-{name}")]
     assert sorted(owned) == sorted(names)  # one run per trial: none was begun twice
     assert not [c for c in children if c["status"] == "RUNNING"]
+
+
+def _read_until(lines: Iterable[str], wanted: str) -> None:
+    """Past the line that has `wanted`; Ray says of a crash what it has to say in between."""
+    assert any(wanted in line for line in lines), f"the search ended without {wanted}"
+
+
+def _a_trial_of(session: int) -> int:
+    """The process of a trial of the search that leads this session, once there is one; Ray gives each its own group."""
+    for _ in range(200):
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                inside = entry.name.isdigit() and os.getsid(int(entry.name)) == session
+                if inside and b"ImplicitFunc" in (entry / "cmdline").read_bytes():
+                    return int(entry.name)
+        time.sleep(0.1)
+    raise AssertionError("no trial runs")
+
+
+def _search_of(space: Workspace, name: str) -> str:
+    keys = {
+        entry.key.partition("/")[0]
+        for entry in open_store(f"{space.storage}/searches").list(f"{name}-search")
+    }
+    return f"{space.storage}/searches/{keys.pop()}"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import jobs
-from counterfake import checkpoint, dist
+from counterfake import checkpoint, dist, provenance
 from counterfake.data import DataConfig
 from counterfake.errors import CheckpointError, ConfigError
 from counterfake.evaluation import autoencoding
@@ -26,6 +26,7 @@ from counterfake.learners.autoencoder import AutoencoderConfig, AutoencoderLearn
 from counterfake.loop import LoopConfig
 from counterfake.nets.autoencoder import DenseAutoencoder
 from counterfake.records import Sample, write_version
+from counterfake.sources.idx import IdxSource
 from counterfake.workspace import Workspace
 from jobs import autoencoder, train_autoencoder
 from jobs.benchmarks import autoencoder as benchmark
@@ -130,6 +131,15 @@ def test_resuming_is_not_stopping(tmp_path: Path) -> None:
     resumed.load_state_dict(checkpoint.load(tmp_path / "c")[0])
     train(resumed, 3)
     assert checkpoint.weights_digest(resumed.state_dict()) == checkpoint.weights_digest(straight.state_dict())
+
+
+def test_a_checkpoint_of_another_network_is_one_line() -> None:
+    other = build(
+        dataclasses.replace(TINY, net=dataclasses.replace(TINY.net, code_size=TINY.net.code_size + 1))
+    )
+    with pytest.raises(CheckpointError, match="the checkpoint is of another autoencoder: ") as caught:
+        build().load_state_dict(other.state_dict())
+    assert "\n" not in str(caught.value)
 
 
 def test_validation_is_the_mean_over_all_rows_and_counts_dead_units() -> None:
@@ -252,7 +262,22 @@ def test_the_job_judges_against_principal_components_and_every_use_runs(
     assert found["code_ideal_coder"]["bits"] <= found["code"]["bits"]
     found = use("generate")
     assert found["nearness"] > 0
-    assert (Path(found["folder"]) / "generate.png").is_file()
+    mark = provenance.read((Path(found["folder"]) / "generate.png").read_bytes())
+    assert mark.digital_source_type == "compositeWithTrainedAlgorithmicMedia"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute on a quiet machine
+def test_the_articles_autoencoder_reaches_its_figures_on_mnist(
+    shared_data: Path, workspace: Workspace
+) -> None:
+    source = IdxSource(path=str(shared_data / "mnist"), licence="MIT", consent="none")
+    facts = {source.label: {"licence": source.licence, "consent": source.consent}}
+    write_version(workspace.dataset("mnist"), source.samples(), sources=facts)
+    job = dataclasses.replace(train_autoencoder.ae_mnist_s3(), register_as="")
+    judged = train_autoencoder.run(job, workspace)["judged"]
+    assert judged["bce"] <= 0.095
+    assert judged["mse_under_pca"] >= 0.30
 
 
 def test_a_bundle_of_another_kind_is_refused(tmp_path: Path) -> None:

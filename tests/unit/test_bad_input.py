@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,14 +99,32 @@ def test_a_mistake_is_one_line_with_status_2(call: Call, words: str, says: str) 
     assert says in mistake(call(*words.split()))
 
 
-def test_an_interrupt_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> Workspace:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("data list", "stopped"),
+        ("run ingest folder", "the same command continues"),
+        ("run fit_ensemble demo", "fit_ensemble begins anew"),
+    ],
+    ids=["no job", "resumed", "not resumed"],
+)
+def test_an_interrupt_says_whether_a_job_goes_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: str, says: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> Workspace:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data_commands, "open_workspace", interrupted)
-    status, out, err = call("data", "list")
+    for job in ("ingest", "fit-ensemble"):
+        monkeypatch.setattr(jobs.load(job), "run", interrupted)
+    status, out, err = call(*words.split())
     assert (status, out) == (130, "")
-    assert "the same command continues" in err
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_jobs_that_are_said_to_go_on_exist() -> None:
+    assert set(jobs.names()) >= command.RESUMED
 
 
 def test_settings_that_are_no_text_are_refused(call: Call, tmp_path: Path) -> None:
@@ -128,7 +148,7 @@ def test_pictures_without_a_label_are_refused_and_nothing_is_written(call: Call,
     said = mistake(ingest(call, tmp_path / "flat", "flat"))
     assert "3 pictures" in said
     assert "--set source.fake=0 (real) or 1 (fake)" in said
-    assert not (tmp_path / "runs").exists()
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert ingest(call, tmp_path / "flat", "flat", "--set", "source.fake=0")[0] == 0
     assert ingest(call, tmp_path / "flat", "unlabelled", "--set", "source.layout=flat")[0] == 0
 
@@ -175,6 +195,24 @@ def test_a_split_that_does_not_exist_is_named(call: Call, tmp_path: Path) -> Non
     assert "no split 'trian'; it has train" in said
 
 
+def test_an_mlflow_that_is_away_is_told_before_anything_is_trained(
+    call: Call, tmp_path: Path, free_port: int
+) -> None:
+    for kind in ("real", "fake"):
+        draw(tmp_path / "in" / kind, 8)
+    assert ingest(call, tmp_path / "in", "both")[0] == 0
+    sets = ("--set", "data.uri=both", "--set", "validation=none", "--set", "data.batch_size=4")
+    away = f"http://127.0.0.1:{free_port}"
+    words = ("run", "train-detector", "mobilenetv2-demo", "--workers", "0", "--tracking", away, *sets)
+    status, out, err = call(*words)
+    assert (status, out) == (2, "")
+    *_, last = err.splitlines()
+    assert last.startswith(f"error: MLflow at {away} does not answer")
+    assert "start it with `mlflow server`, correct --tracking" in last
+    assert err.count("error: ") == 1
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
 def test_weights_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="no PyTorch file of tensors; get the right file"):
@@ -213,7 +251,7 @@ def test_no_datasets_and_no_models_say_so(call: Call) -> None:
 
 
 def test_promoting_to_champion_asks_the_usual_gate(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
+    asked: dict[str, Any] = {}
 
     class Recorder:
         """A registry that refuses every promotion and remembers its gate."""
@@ -221,16 +259,23 @@ def test_promoting_to_champion_asks_the_usual_gate(call: Call, monkeypatch: pyte
         def get(self, reference: str) -> SimpleNamespace:
             return SimpleNamespace(name="ensemble", version=1)
 
-        def promote(self, name: str, version: int, *, alias: str, gate: Gate) -> None:
-            asked[alias] = gate
+        def promote(self, name: str, version: int, *, alias: str, gate: Gate, expected: int | None) -> None:
+            asked[alias], asked["expected"] = gate, expected
+            raise ConfigError("refused")
+
+        def rollback(self, name: str, *, alias: str, expected: int | None) -> None:
+            asked["back"] = (name, alias, expected)
             raise ConfigError("refused")
 
     monkeypatch.setattr(command, "_registry", lambda *_: Recorder())
     call("models", "promote", "ensemble/1")
     call("models", "promote", "ensemble/1", "--alias", "shadow")
     assert (asked["champion"], asked["shadow"]) == (CHAMPION, Gate())
-    call("models", "promote", "ensemble/1", "--set", "min_auc=none")
-    assert asked["champion"] == Gate(min_recall_real=CHAMPION.min_recall_real)
+    call("models", "promote", "ensemble/1", "--set", "min_auc=none", "--expect", "3")
+    assert asked["champion"] == dataclasses.replace(CHAMPION, min_auc=None)
+    assert asked["expected"] == 3
+    call("models", "rollback", "ensemble", "--expect", "2")
+    assert asked["back"] == ("ensemble", "champion", 2)
 
 
 def test_one_class_of_answers_says_how_many_of_each() -> None:

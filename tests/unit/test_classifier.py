@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from counterfake import arrays, bundle, checkpoint, dist, extractor
+from counterfake import arrays, bundle, checkpoint, dist, extractor, provenance
 from counterfake.data import DataConfig
 from counterfake.errors import CheckpointError, ConfigError, DataError
-from counterfake.extractor import BundleExtractor, FactoryExtractor, InceptionExtractor
+from counterfake.extractor import BundleExtractor, FactoryExtractor, InceptionExtractor, MobileNetExtractor
 from counterfake.images import Preprocess
 from counterfake.learners import LearnerContext
 from counterfake.learners.classifier import ClassifierConfig, ClassifierLearner, one_cycle
 from counterfake.nets.classifier import SmallClassifier
 from counterfake.nets.dcgan import DcganGenerator
 from counterfake.nets.inception import InceptionV3
+from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.records import Sample, write_version
+from counterfake.storage import file_sha256
 from counterfake.workspace import Workspace
 from jobs import evaluate_generator
 from jobs.evaluate_generator import EvaluateGeneratorJob
@@ -93,6 +95,27 @@ def test_resuming_is_not_stopping(tmp_path: Path) -> None:
 def test_data_without_its_classes_is_refused(classes: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         build().step(Rows(0, classes=classes))
+
+
+def test_a_checkpoint_of_another_network_is_one_line() -> None:
+    other = build(dataclasses.replace(CONFIG, net=dataclasses.replace(NET, width=8)))
+    with pytest.raises(CheckpointError, match="the checkpoint is of another classifier: ") as caught:
+        build().load_state_dict(other.state_dict())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ([None, -1], "no picture of digits has one; choose a dataset with classes"),
+        ([0, 4], "digits has classes 0 to 4 but the classifier knows 0 to 3; set learner.net.classes=5"),
+    ],
+    ids=["none", "too many"],
+)
+def test_rows_it_cannot_learn_are_refused_by_their_counts(classes: list[int | None], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        CONFIG.admit([{"class_id": label, "rows": 3} for label in classes], "digits")
+    CONFIG.admit([{"class_id": label, "rows": 3} for label in (None, 0, 3)], "digits")
 
 
 def test_rows_without_a_class_do_not_count() -> None:
@@ -204,6 +227,23 @@ def test_any_torch_network_is_an_extractor_by_its_dotted_path(tmp_path: Path) ->
         dataclasses.replace(config, factory="torch.nn.Nothing").load(Path, CPU)
 
 
+def test_mobilenets_features_come_from_a_named_file(tmp_path: Path) -> None:
+    net = MobileNetV2Config(origin="torch").classifier()
+    torch.save({name: tensor.half() for name, tensor in net.state_dict().items()}, tmp_path / "w.pth")
+    config = MobileNetExtractor(weights=str(tmp_path / "w.pth"), origin="torch", size=32)
+    loaded = config.load(Path, CPU)
+    assert (loaded.name, loaded.sha256) == ("mobilenet-v2-torch", file_sha256(tmp_path / "w.pth"))
+    pixels = quarters(np.arange(3)).repeat(3, axis=3)
+    found = loaded(pixels)
+    assert found.probabilities is None
+    detector = MobileNetV2Config(weights=str(tmp_path / "w.pth"), origin="torch").build().eval()
+    ours = extractor.resized(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), 32) / 127.5 - 1
+    with torch.inference_mode():
+        np.testing.assert_allclose(found.values, detector.pooled(ours).numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(CheckpointError, match="has SHA-256"):
+        dataclasses.replace(config, sha256="00").load(Path, CPU)
+
+
 def test_a_weights_file_with_code_in_it_is_refused(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
     with pytest.raises(CheckpointError, match="is no file of tensors"):
@@ -298,6 +338,55 @@ def test_real_pictures_are_far_better_than_an_untrained_generators(
     assert {"memorisation", "kid", "is", "precision", "recall", "density"} <= set(made["figures"])
     files = {path.name for path in Path(made["report"]).parent.iterdir()}
     assert files == {"generation.json", "report.html", "samples.png", "neighbours.png"}
+    marks = [
+        provenance.read((Path(found["report"]).parent / f"{name}.png").read_bytes()).digital_source_type
+        for found in (made, floor)
+        for name in ("samples", "neighbours")
+    ]
+    assert marks == [
+        "trainedAlgorithmicMedia",
+        "compositeWithTrainedAlgorithmicMedia",
+        "",
+        "",
+    ]  # the floor is real
+
+
+def test_samples_from_elsewhere_are_judged_as_a_generators_are(
+    classifier: Path, digits: Workspace, tmp_path: Path
+) -> None:
+    model = str(generator(tmp_path / "g"))
+    made = evaluate_generator.run(job(classifier, model=model), digits)
+    net = bundle.load_nets(bundle.read(tmp_path / "g"))["generator"]
+    width = DcganGenerator.tiny().noise_size
+    pixels = evaluate_generator.draw(net, width, job(classifier), None, lambda done: None)
+    np.save(tmp_path / "theirs.npy", pixels[..., 0])
+    theirs = evaluate_generator.run(job(classifier, pictures=str(tmp_path / "theirs.npy")), digits)
+    assert theirs["figures"] == made["figures"]
+    assert theirs["protocol"] == made["protocol"]
+    assert theirs["context"]["model"] == "theirs"
+    assert theirs["context"]["digest"] == file_sha256(tmp_path / "theirs.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((40, 28, 28), np.float32), r"holds float32 \(40, 28, 28\); expected uint8"),
+        (np.zeros((40, 28, 20), np.uint8), r"\(40, 28, 20\); expected uint8 \(N, side, side\)"),
+        (np.zeros((30, 28, 28), np.uint8), "holds 30, fewer than samples=40; set samples=30"),
+        (np.array([{}]), "is no readable .npy file of numbers"),
+        (None, "is no readable .npy file of numbers"),
+    ],
+    ids=["floats", "oblong", "few", "objects", "missing"],
+)
+def test_a_file_of_something_else_is_refused(
+    classifier: Path, digits: Workspace, tmp_path: Path, array: Any, says: str
+) -> None:
+    if array is not None:
+        np.save(tmp_path / "x.npy", array)
+    with pytest.raises(ConfigError, match=says):
+        evaluate_generator.run(job(classifier, pictures=str(tmp_path / "x.npy")), digits)
+    with pytest.raises(ConfigError, match="set one of them"):
+        job(classifier, pictures="x.npy", floor=True)
 
 
 def test_the_reference_is_extracted_once_and_the_figures_repeat(

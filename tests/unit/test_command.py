@@ -46,6 +46,19 @@ def test_every_preset_survives_json(job: str, preset: str) -> None:
     assert config.from_dict(type(made), json.loads(json.dumps(config.to_dict(made)))) == made
 
 
+def test_every_model_that_a_preset_names_is_registered_by_a_preset() -> None:
+    used: dict[str, str] = {}
+    registered: set[str] = set()
+    for job in jobs.names():
+        for preset in jobs.load(job).PRESETS:
+            tree = config.to_dict(jobs.preset(jobs.load(job), preset))
+            registered.add(tree.get("register_as") or "")
+            names = [tree.get("model") or "", *tree.get("members", ())]
+            used |= {name.partition("@")[0]: f"{job} {preset}" for name in names if name}
+    assert {"ensemble", "dcgan-mnist", "dcgan-faces", "benford"} <= set(used)
+    assert {name: by for name, by in used.items() if name not in registered} == {}
+
+
 def test_dashes_and_underscores_are_the_same() -> None:
     assert jobs.load("train_gan") is jobs.load("train-gan")
     assert jobs.preset(jobs.load("train-gan"), "dcgan_mnist_s4") == jobs.preset(

@@ -8,7 +8,7 @@ from torch import nn
 
 from counterfake import config
 from counterfake.errors import ConfigError
-from counterfake.nets import NetConfig
+from counterfake.nets import NetConfig, dcgan
 from counterfake.nets.dcgan import SIZES, DcganDiscriminator, DcganGenerator, Dropout
 
 
@@ -91,6 +91,33 @@ def test_dropout_masks_of_neighbours_are_independent() -> None:
     mask = (Dropout(0.5)(torch.ones(400_000)) > 0).float().view(-1, 4) - 0.5  # four slices of one draw
     correlation = (mask.T @ mask / len(mask)) * 4
     assert (correlation - torch.eye(4)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_convolutions_as_products_with_patches_are_the_same_function(
+    spectral: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    discriminator = DcganDiscriminator(width=3, dropout=0.0, spectral_norm=spectral).build().double().eval()
+    generator = DcganGenerator(width=3, noise_size=5).build().double().eval()
+    noise = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    inputs = [noise, *generator.parameters(), *discriminator.parameters()]
+
+    def derivatives() -> list[torch.Tensor]:
+        """The logits, their gradients, and those of a gradient penalty."""
+        logits = discriminator(generator(noise))
+        first = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True)
+        return [logits, *first, *(g for g in second if g is not None)]
+
+    assert dcgan._as_patches(1, noise), "the fast way is not taken"
+    assert discriminator(torch.zeros(0, 1, 28, 28, dtype=torch.double)).shape == (0,)  # a rank without reals
+    fast = derivatives()
+    monkeypatch.setattr(dcgan, "_as_patches", lambda *_: False)
+    plain = derivatives()
+    assert len(fast) == len(plain) > len(inputs)
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_configs_survive_json() -> None:

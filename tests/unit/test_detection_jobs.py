@@ -138,6 +138,45 @@ def test_served_and_scored_probabilities_are_the_same(place: Workspace, fitted: 
     np.testing.assert_allclose(loaded.predict_bytes(pictures), scored.probabilities["ensemble"], atol=1e-12)
 
 
+def test_one_detector_alone_is_calibrated_and_gets_a_verdict(place: Workspace) -> None:
+    job = EnsembleJob(
+        name="alone", members=("strong",), data=DataConfig(uri="made", split="calibration"), alpha=0.15, bootstraps=20,
+        register_as="", promote="",
+    )  # fmt: skip
+    result = fit_ensemble.run(job, place)
+    found, loaded = result["evaluation"], predictor.load(Path(result["bundle"]))
+    assert isinstance(loaded, predictor.EnsemblePredictor)
+    assert list(loaded.members) == ["strong"]
+    assert found["auc"]["value"] == pytest.approx(found["members"]["strong"]["auc"]["value"])  # monotone
+    assert found["ece"]["value"] < found["members"]["strong"]["ece"]["value"] + 0.05
+    assert found["latency_ms"] > 0
+    assert set(found["verdicts"]) == {"real", "fake"}
+
+
+def test_an_ensemble_carries_the_licences_of_its_members_and_its_calibration(
+    place: Workspace, fitted: dict
+) -> None:
+    assert read(Path(fitted["bundle"])).info["sources"] == {
+        "made": {"licence": "CC0", "consent": "synthetic"}
+    }
+    assert Gate(licence="commercial").check(None, sources=read(Path(fitted["bundle"])).info["sources"]) == []
+
+
+def test_an_ensemble_is_evaluated_at_what_it_serves(place: Workspace, fitted: dict) -> None:
+    job = EvaluateJob(model=fitted["bundle"], data=DataConfig(uri="made", split="test"), bootstraps=10)
+    result = evaluate.run(job, place)
+    found = result["evaluation"]
+    loaded = predictor.load(Path(fitted["bundle"]))
+    assert isinstance(loaded, predictor.EnsemblePredictor)
+    assert found["threshold"] == loaded.ensemble.threshold
+    assert found["verdicts"] == fitted["evaluation"]["verdicts"]  # the same split, picture by picture
+    data = DataConfig(uri=place.dataset("made"), split="test")
+    pictures = list(scoring.labelled(scoring.Dataset.open(data.uri), scoring.opened(data, None)[1], data))
+    accused = [loaded.verdict(s.media)["verdict"] == "fake" for s in pictures if s.fake == 0]
+    assert found["false_accusations"] == pytest.approx(np.mean(accused))
+    assert "Verdicts as served" in Path(result["report"]).read_text()
+
+
 def test_a_failed_gate_leaves_the_champion_where_it_was(place: Workspace, fitted: dict) -> None:
     job = EnsembleJob(
         name="worse", members=("weak", "strong"), data=DataConfig(uri="made", split="calibration"), alpha=0.2, bootstraps=10,
@@ -152,8 +191,8 @@ def test_mistakes_of_the_user_are_one_clear_line(place: Workspace) -> None:
     calibration = DataConfig(uri="made", split="calibration")
     with pytest.raises(DataError, match=r"alpha 0\.001 needs at least 999"):
         fit_ensemble.run(EnsembleJob(members=("strong", "weak"), data=calibration, alpha=0.001), place)
-    with pytest.raises(ConfigError, match="at least two members"):
-        fit_ensemble.run(EnsembleJob(members=("strong",), data=calibration), place)
+    with pytest.raises(ConfigError, match="name one member to calibrate or several"):
+        fit_ensemble.run(EnsembleJob(data=calibration), place)
     with pytest.raises(ConfigError, match="different splits"):
         EnsembleJob(data=DataConfig(split="test"))
     with pytest.raises(ConfigError, match="model is not set"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +16,13 @@ from counterfake import bundle, dist, images, predictor
 from counterfake.config import override
 from counterfake.data import Batch
 from counterfake.errors import ConfigError, DataError
-from counterfake.learners import LearnerContext
+from counterfake.learners import LearnerContext, detector
 from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jittered, jpeg
-from counterfake.learners.detector import DetectorConfig, DetectorLearner, _climbed, _loss, schedule
+from counterfake.learners.detector import DetectorConfig, DetectorLearner, _climbed, _figures, _loss, schedule
 from counterfake.nets import NetConfig
-from counterfake.nets.convnext import ConvNextConfig
-from counterfake.nets.efficientnet import EfficientNetConfig
-from counterfake.nets.frequency import FrequencyConfig
-from counterfake.nets.meso import MesoConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.nets.probe import ProbeConfig
-from counterfake.nets.resnet import ResNetConfig
-from counterfake.nets.xception import XceptionConfig
+from counterfake.nets.temporal import TemporalConfig
 from counterfake.records import write_version
 from counterfake.sources.synthetic import SyntheticSource
 from counterfake.workspace import Workspace
@@ -146,7 +142,7 @@ def test_the_detector_learns_and_validation_keeps_the_best_weights() -> None:
     best = {name: value.clone() for name, value in learner.net.state_dict().items()}
     with torch.no_grad():
         learner.net.head[-1].weight.neg_()  # a collapse
-    assert learner.validate(held_out)["best_auc"] == good["auc"]
+    assert learner.validate(held_out)["best_auc"] == good["auc"] == good["best_auc"]
     exported = learner.export()["detector"][1]
     assert all(torch.equal(exported[name], best[name]) for name in best)
 
@@ -163,6 +159,55 @@ def test_resuming_equals_not_stopping_bit_for_bit() -> None:
         assert all(
             torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
         )
+
+
+def test_the_worst_maker_is_the_least_auc_over_makers_against_all_real_pictures() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5, 9.0, 7.0])
+    fake = torch.tensor([0, 0, 1, 1, 1, 1, -1])
+    makers = torch.tensor([0, 0, 1, 1, 2, -1, 2])  # camera, gan, swap; -1 = not recorded
+    found = _figures(logits, fake, makers, ("camera", "gan", "swap"))
+    assert {k: v for k, v in found.items() if k.startswith("auc.")} == {
+        "auc.gan": 1.0, "auc.swap": 0.5, "auc.unknown": 1.0,
+    }  # fmt: skip
+    assert found["worst_auc"] == 0.5
+    assert found["auc"] == pytest.approx(7 / 8)
+    alone = _figures(logits[:4], fake[:4], makers[:4], ("camera", "gan", "swap"))
+    assert alone["worst_auc"] == alone["auc"]
+    assert not [name for name in alone if name.startswith("auc.")]  # one maker says nothing new
+
+
+@pytest.mark.parametrize(("select", "kept"), [("auc", 1), ("worst_auc", 0)])
+def test_the_kept_weights_are_those_of_the_figure_that_a_search_compares(
+    select: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(select=select)
+    answers = iter([{"auc": 0.7, "worst_auc": 0.6}, {"auc": 0.9, "worst_auc": 0.5}])
+    monkeypatch.setattr(detector, "_figures", lambda *rows: next(answers))
+    weights = []
+    for step in range(2):
+        run(learner, step, step + 1)
+        weights.append({name: value.clone() for name, value in learner.net.state_dict().items()})
+        found = learner.validate([make_batch(90)])
+    exported = learner.export()["detector"][1]
+    assert all(torch.equal(exported[name], weights[kept][name]) for name in exported)
+    name = learner.config.kept_metric.removeprefix("val_")
+    assert found[name] == {"auc": 0.9, "worst_auc": 0.6}[select]
+    again = make_learner(select=select)
+    again.load_state_dict(learner.state_dict())
+    assert again.best_figure == found[name]
+
+
+def test_a_state_goes_on_under_the_settings_of_whoever_loads_it() -> None:
+    donor, heir = make_learner(lr=5e-3), make_learner(lr=1e-4, weight_decay=0.3)
+    run(donor, 0, 2)
+    heir.load_state_dict(donor.state_dict())
+    assert {g["peak_lr"] for g in heir.optimizer.param_groups} == {1e-4}
+    assert {g["weight_decay"] for g in heir.optimizer.param_groups} == {0.0, 0.3}
+    assert heir.steps == 2
+    before = [p.clone() for p in heir.net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, donor.net.parameters(), strict=True))
+    rate = run(heir, 2, 3)[0]["lr"]
+    assert rate == pytest.approx(1e-4 * schedule(32, 960, heir.config))
 
 
 def test_frozen_features_keep_weights_and_statistics_while_the_head_learns() -> None:
@@ -185,15 +230,39 @@ def test_features_learn_at_their_own_rate_and_norms_do_not_decay() -> None:
     assert grouped == len(list(learner.net.parameters()))
 
 
-TINY: list[NetConfig] = [
-    ResNetConfig.tiny(),
-    EfficientNetConfig.tiny(),
-    ConvNextConfig.tiny(),
-    replace(XceptionConfig.tiny(), middle=0),
-    MesoConfig.tiny(),
-    FrequencyConfig.tiny(),
-    ProbeConfig.tiny(),
-]
+def detectors() -> list[NetConfig]:
+    """`tiny()` of every architecture in nets/ that DetectorLearner can train: pictures -> one logit, by features and head."""
+    found = []
+    for kind in walk(NetConfig):
+        if kind is TemporalConfig:  # its head reads clips: learners/video.py trains it
+            continue
+        config = kind.tiny()
+        net = config.build().eval()
+        if not all(isinstance(getattr(net, part, None), torch.nn.Module) for part in ("features", "head")):
+            continue
+        with torch.no_grad():
+            logits = net(torch.zeros(2, 3, 32, 32))
+            maps = net.features(torch.zeros(2, 3, 32, 32))
+            if logits.shape == (2,) and net.head(maps.mean(dim=(2, 3))).shape == (2, 1):
+                found.append(config)
+    return found
+
+
+def walk(kind: type[NetConfig]) -> list[type[NetConfig]]:
+    """The architectures of nets/ below `kind`; other tests declare some of their own."""
+    below = [leaf for child in kind.__subclasses__() for leaf in (child, *walk(child))]
+    concrete = [
+        c for c in below if not inspect.isabstract(c) and c.__module__.startswith("counterfake.nets.")
+    ]
+    return sorted(set(concrete), key=lambda c: c.__name__)
+
+
+TINY = detectors()
+
+
+def test_the_walk_finds_the_detectors_that_the_presets_use() -> None:
+    used = {type(make().learner.net) for make in train_detector.PRESETS.values()}
+    assert used <= {type(net) for net in TINY}
 
 
 @pytest.mark.parametrize("net", TINY, ids=lambda net: type(net).__name__)
@@ -315,7 +384,47 @@ def test_every_metric_lies_on_the_learners_device() -> None:
     assert learner._lr_tensor().device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loop.patience_ticks": 3, "loop.stop_metric": "loss"},
+            "stop_metric loss is measured on training rows",
+        ),
+        ({"validation.split": "test"}, "rows that the detector is judged on"),
+        (
+            {"validation.split": "train"},
+            r"validation\.split=train holds rows that data\.split=train trains on",
+        ),
+        ({"validation.split": "*"}, r"validation\.split=\* holds rows"),
+    ],
+    ids=["training metric", "test", "train", "every split"],
+)
+def test_a_detector_is_stopped_and_chosen_by_the_validation_split_only(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(train_detector.mobilenetv2_demo(), changes)
+
+
+def test_only_the_robust_preset_degrades_and_never_the_held_out_rows() -> None:
+    jobs = {name: make() for name, make in train_detector.PRESETS.items()}
+    assert [name for name, job in jobs.items() if job.data.degradation.active] == ["stylegan-ffhq-256-robust"]
+    assert not any(job.validation.degradation.active for job in jobs.values())
+    assert jobs["stylegan-ffhq-256-robust"].learner.augmentation.probability == 0  # nothing is blurred twice
+    assert jobs["xception-299"].loop.patience_ticks > 0
+
+
+def test_a_fold_of_other_rows_of_the_same_split_may_validate() -> None:
+    folds = {
+        "data.where": {"identity": ["a"]},
+        "validation.split": "train",
+        "validation.where": {"identity": ["b"]},
+    }
+    assert override(train_detector.mobilenetv2_demo(), folds).validation.split == "train"
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reaches sigma 2, got 3; data\.degradation\.blur"):
+        AugmentationConfig(blur=(0.1, 3.0))
     with pytest.raises(ConfigError, match="label_smoothing"):
         DetectorConfig(label_smoothing=1.0)
     context = LearnerContext(batch_size=16, images_per_epoch=100, total_images=100, size=32, channels=1)

@@ -232,11 +232,32 @@ def test_bins_of_few_rows_are_not_shown() -> None:
     assert sum(detection.reliability(fake, p, least=10)["count"]) == 20
 
 
-def test_a_thousand_resamples_of_two_thousand_rows_take_under_two_seconds() -> None:
+def test_verdicts_are_counted_by_class_with_what_was_lost() -> None:
+    words = ["real", "fake", "uncertain", "out_of_domain", "fake", "real", "uncertain"]
+    found = detection.verdicts(words, [0, 0, 0, 0, 1, 1, 1])
+    assert found["real"] == {
+        "real": 0.25, "fake": 0.25, "uncertain": 0.25, "out_of_domain": 0.25, "n": 4, "lost": 0.5,
+    }  # fmt: skip
+    assert found["fake"]["real"] == pytest.approx(1 / 3)  # missed
+    assert found["fake"]["lost"] == pytest.approx(1 / 3)
+    with pytest.raises(DataError, match="need as many verdicts"):
+        detection.verdicts(["maybe"], [0])
+
+
+def test_a_resample_costs_a_fraction_of_judging_its_rows_with_scikit_learn() -> None:
+    """Both on the clock of this process in this run, so that a busy machine slows both."""
     fake, p = scores(2000, digits=15)
+    rng, few, many = np.random.default_rng(0), 30, 600
     start = time.process_time()
-    detection.evaluate(fake, p, bootstraps=1000)
-    assert time.process_time() - start < 2
+    for _ in range(few):
+        rows = rng.integers(len(fake), size=len(fake))
+        for judge in (reference.roc_auc_score, reference.average_precision_score, reference.brier_score_loss):
+            judge(fake[rows], p[rows])
+        reference.roc_curve(fake[rows], p[rows])
+    naive = (time.process_time() - start) / few
+    start = time.process_time()
+    detection.evaluate(fake, p, bootstraps=many)
+    assert (time.process_time() - start) / many < 0.5 * naive
 
 
 def test_resamples_drawn_again_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from counterfake import curation, export, locks, predictor, scoring
+from counterfake import audit, curation, export, locks, media, predictor, scoring
+from counterfake.config import override
 from counterfake.data import DataConfig, Loader
 from counterfake.errors import ConfigError, DataError
 from counterfake.forensics.benford import BenfordConfig
@@ -20,10 +21,11 @@ from counterfake.records import Dataset, Sample, SplitRule, write_version
 from counterfake.tracking import Tracker
 from counterfake.workspace import Workspace
 from jobs import __main__ as command
-from jobs import compare, evaluate, evaluate_cross, train_benford
+from jobs import compare, evaluate, evaluate_cross, fit_ensemble, train_benford
 from jobs.compare import CompareJob
 from jobs.evaluate import EvaluateJob
 from jobs.evaluate_cross import CrossJob
+from jobs.fit_ensemble import EnsembleJob
 from jobs.train_benford import BenfordJob
 from tests.unit.test_detection_jobs import samples
 
@@ -62,8 +64,13 @@ def test_videos_are_judged_by_video_and_people_stay_one_cluster(place: Workspace
     assert found["video"]["frames"] == found["n"]
     assert found["n_clusters"] == found["video"]["n_clusters"] == found["n"] / 24
     assert found["unseen_makers"] == []
-    logged = Tracker.at(place).read(result["run_id"])["metrics"]
+    tracker = Tracker.at(place)
+    logged = tracker.read(result["run_id"])["metrics"]
     assert logged["test_video_auc"] == pytest.approx(found["video"]["auc"]["value"])
+    plots = set(tracker.files(result["run_id"], "pictures"))
+    assert {f"pictures/{name}.png" for name in ("roc", "reliability", "confusion")} <= plots
+    for plot in plots:
+        assert media.sniff(tracker.load(result["run_id"], plot)) == "png", plot
     page = Path(result["report"]).read_text()
     assert "By video" in page
     assert "nothing is said of other generators" in page
@@ -200,6 +207,43 @@ def test_a_generator_is_left_out_of_the_training_and_judged(place: Workspace) ->
     assert {name: cell["home"] for name, cell in cells.items()} == {"gan": False, "swap": True}
     assert cells["gan"]["n_fake"] == cells["swap"]["n_fake"]
     assert np.isfinite(cells["gan"]["auc"]["value"])
+
+
+def test_a_forest_is_trained_without_a_generator_too(place: Workspace) -> None:
+    small = {"features.qualities": [100], "features.bases": [10], "forest.trees": 10}
+    job = CrossJob(train="benford", makers=("gan",), changes=small, data=films(), bootstraps=5)
+    result = evaluate_cross.run(job, place)
+    assert {c["column"]: c["home"] for c in result["matrix"]["cells"]} == {"gan": False, "swap": True}
+
+
+def test_forests_and_ensembles_ask_the_audit_for_leaks(place: Workspace) -> None:
+    uri = place.dataset("leaky")
+    parts = ("train", "validation", "calibration", "test")
+    rows = [dataclasses.replace(s, split=parts[i // 2 % 4]) for i, s in enumerate(samples(320))]
+    rows = [
+        dataclasses.replace(s, identity=f"p{i // 2 % 3}" if i < 24 else f"q{i}") for i, s in enumerate(rows)
+    ]
+    write_version(uri, rows, sources=TERMS)
+    found = audit.audit(Dataset.open(uri))
+    assert found.leaks
+    forest = BenfordJob(
+        name="leaky", data=DataConfig(uri="leaky"), features=BenfordConfig(qualities=(100,), bases=(10,)),
+        forest=ForestConfig(trees=10),
+    )  # fmt: skip
+    ensemble = EnsembleJob(
+        members=("strong", "weak"), data=DataConfig(uri="leaky", split="calibration"), alpha=0.2, bootstraps=5, promote="",
+        register_as="",
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"found a leak \(identity"):
+        train_benford.run(forest, place)
+    with pytest.raises(DataError, match=r"found a leak \(identity"):
+        fit_ensemble.run(ensemble, place)
+    allowed = [
+        train_benford.run(override(forest, {"data.allow_leaks": True}), place)["run_id"],
+        fit_ensemble.run(override(ensemble, {"data.allow_leaks": True}), place)["run_id"],
+    ]
+    for run_id in allowed:
+        assert "identity" in Tracker.at(place).read(run_id)["tags"]["counterfake.allowed_leaks"]
 
 
 def test_mistakes_of_the_user_are_one_clear_line(place: Workspace) -> None:

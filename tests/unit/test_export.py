@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from counterfake import export as exporting
-from counterfake import media
+from counterfake import media, provenance
 from counterfake.errors import ConfigError, DataError
 from counterfake.export import Format, export
 from counterfake.records import Dataset, Sample, write_version
@@ -157,6 +157,22 @@ def test_raw_pixels_leave_without_loss(tmp_path: Path, format: Format) -> None:
         }
         assert found == {p.tobytes() for p in pixels}
     assert json.loads((tmp_path / "out" / "export.json").read_text())["rows"] == 10
+
+
+def test_a_fake_of_raw_pixels_leaves_with_the_mark_of_its_maker_and_a_real_one_without(
+    tmp_path: Path,
+) -> None:
+    uri, pixels = (tmp_path / "digits").as_uri(), np.zeros((2, 6, 5, 1), np.uint8)
+    pixels[1] = 9
+    rows = [
+        Sample(pixels=pixels[0], source="made", fake=0),
+        Sample(pixels=pixels[1], source="made", fake=1, maker="dcgan@3"),
+    ]
+    write_version(uri, rows, sources=SOURCES)
+    export(Dataset.open(uri), None, tmp_path / "out", "folder")
+    files = [path.read_bytes() for path in (tmp_path / "out").rglob("*.png")]
+    found = {int(media.decode_trusted(data).max()): provenance.read(data).maker for data in files}
+    assert found == {0: "", 9: "dcgan@3"}
 
 
 # -- once, whole, resumed -------------------------------------------------------------------------------------------

@@ -273,6 +273,9 @@ def test_the_s4_preset_is_the_articles_recipe() -> None:
     assert (learner.g_betas, learner.d_betas) == ((0.9, 0.999), (0.9, 0.999))
     assert (learner.loss, learner.d_steps, learner.ema_halflife_images) == ("non_saturating", 1, 0)
     assert (job.loop.tick_steps, job.loop.checkpoint_every_ticks) == (0, 5)  # a tick is an epoch
+    assert job.loop.keep_checkpoints == 50 // 5  # the article deletes none
+    # the one known difference: Keras shows and saves the generator with the running statistics of training
+    assert learner.standing_batches == 8
     assert job.loop.total_steps(steps_per_epoch=235, batch_size=256) == 50 * 235
 
 
@@ -365,6 +368,16 @@ def test_data_without_classes_is_refused() -> None:
     batch.class_id = torch.full((ROWS,), -1)
     with pytest.raises(DataError, match="8 of 8 pictures have no class"):
         build(conditional("sngan")).step(batch)
+
+
+@pytest.mark.parametrize("name", ["sngan", "dcgan-embedding"])
+def test_a_class_missing_in_a_later_batch_is_refused_too(name: str) -> None:
+    """An embedding of class -1 would be that of the last class, without a word."""
+    learner, batch = build(conditional(name)), Rows(1)
+    learner.step(Rows(0))
+    batch.class_id[5] = -1
+    with pytest.raises(DataError, match="1 of 8 pictures have no class"):
+        learner.step(batch)
 
 
 def test_more_classes_than_the_networks_know_are_refused() -> None:

@@ -25,6 +25,12 @@ def test_what_looks_more_real_is_less_fake() -> None:
         assert torch.equal(net(pictures), -net.discriminator(pictures))
 
 
+def test_it_has_the_discriminators_parameters_and_none_of_its_own() -> None:
+    convolutions = (25 * 1 * 64 + 64) + (25 * 64 * 128 + 128)
+    counted = sum(p.numel() for p in GanDiscriminatorConfig().build().parameters())
+    assert counted == convolutions + 7 * 7 * 128 + 1 == 212_865
+
+
 def test_a_checkpoint_of_a_gan_becomes_a_detector(tmp_path: Path, workspace: Workspace) -> None:
     job = train_gan.dcgan_mnist_s4()
     job = replace(job, learner=replace(job.learner, discriminator=DcganDiscriminator.tiny()))

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import generation
@@ -117,6 +118,33 @@ def test_labels_are_counted() -> None:
 
 
 # -- neighbours -----------------------------------------------------------------------------------------------------
+
+
+def test_fid_kid_and_inception_score_are_torchmetrics() -> None:
+    """Made features in double precision; torchmetrics reads them through a network that changes nothing."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    rng = np.random.default_rng(5)
+    real, fake = rng.normal(0, 1, (90, 12)), rng.normal(0.3, 1.4, (70, 12)) @ rng.normal(0, 0.5, (12, 12))
+    same = torch.nn.Identity()
+    same.num_features = 12  # type: ignore[assignment]
+    fid = FrechetInceptionDistance(feature=same).set_dtype(torch.float64)
+    kid = KernelInceptionDistance(feature=same, subsets=2, subset_size=70)  # both are all rows
+    for metric, pictures in ((fid, real), (kid, real[:70])):
+        metric.update(torch.from_numpy(pictures), real=True)
+        metric.update(torch.from_numpy(fake), real=False)
+    ours = generation.frechet_distance(generation.moments(real), generation.moments(fake))
+    assert ours == pytest.approx(float(fid.compute()), rel=1e-9)
+    assert generation.squared_mmd(real[:70], fake) == pytest.approx(float(kid.compute()[0]), rel=1e-9)
+    score = InceptionScore(feature=same, splits=1)
+    score.update(torch.from_numpy(fake))
+    probabilities = torch.from_numpy(fake).softmax(dim=1)
+    assert generation.inception_score(probabilities, splits=1)["value"] == pytest.approx(
+        float(score.compute()[0]), rel=1e-9
+    )
 
 
 def test_distances_are_those_of_subtraction_far_from_the_origin_too(monkeypatch: pytest.MonkeyPatch) -> None:

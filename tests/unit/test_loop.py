@@ -6,27 +6,31 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from counterfake import checkpoint, dist, loop
+from counterfake import checkpoint, dist, loop, media
 from counterfake.cluster.worker import Order, _Reporter
 from counterfake.config import override, to_dict
-from counterfake.data import Batch, DataConfig
+from counterfake.data import Batch, DataConfig, Loader
 from counterfake.errors import ConfigError, NonFiniteError
+from counterfake.images import Preprocess
 from counterfake.learners import LearnerContext
 from counterfake.learners.autoencoder import AutoencoderConfig
 from counterfake.learners.classifier import ClassifierConfig
 from counterfake.learners.gan import GanConfig
 from counterfake.loop import EarlyStopping, LoopConfig, Tick, TrainJob
 from counterfake.nets.classifier import SmallClassifier
+from counterfake.records import Sample, SplitRule, write_version
 from counterfake.workspace import Workspace
 
 
@@ -150,11 +154,29 @@ def job(**changes: Any) -> TrainJob:
     return TrainJob(**{**settings, **changes})
 
 
-def test_a_batch_that_workers_cannot_share_is_refused_with_one_that_they_can() -> None:
-    with pytest.raises(
-        ConfigError, match=r"batch_size 64 is not divisible by 3 workers; set data\.batch_size=66"
-    ):
-        job(workers=3)
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 600 pictures of one pixel."""
+    uri = (tmp_path_factory.mktemp("flat") / "flat").as_uri()
+    image = media.encode(np.zeros((1, 1, 3), np.uint8), "png")
+    rows = [Sample(image=image + bytes([n // 256, n % 256]), source="made", fake=0) for n in range(600)]
+    made = {"made": {"licence": "CC0-1.0", "consent": "synthetic"}}
+    write_version(uri, rows, sources=made, splits=SplitRule(fractions={"train": 1.0}))
+    return uri
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(64, 3), (256, 3), (64, 8), (250, 6), (9, 2)])
+def test_the_advice_for_a_batch_that_workers_cannot_share_works(flat: str, batch: int, workers: int) -> None:
+    data = DataConfig(uri=flat, batch_size=batch, preprocess=Preprocess(size=1))
+    with pytest.raises(ConfigError, match=f"cannot be shared by {workers} workers") as refused:
+        job(data=data, workers=workers)
+    advice = re.findall(r"data\.(batch_size|lanes)=(\d+)", str(refused.value).partition("; set ")[2])
+    made = job(
+        data=dataclasses.replace(data, **{name: int(value) for name, value in advice}), workers=workers
+    )
+    assert made.data.batch_size >= batch
+    for rank in range(workers):
+        assert Loader(made.data, rank=rank, world=workers).steps_per_epoch == 600 // made.data.batch_size
 
 
 def test_dotted_overrides_reach_every_level() -> None:
@@ -215,6 +237,16 @@ def test_checkpoints_far_apart_are_counted_in_ticks_not_in_looks() -> None:
 
 def test_the_last_tick_needs_no_reason_to_end() -> None:
     assert EarlyStopping(PATIENT, best=0.9, best_step=2).reason(tick(16, 0.5, last=True), 2) == ""
+
+
+def test_a_state_that_is_not_finite_is_refused_by_name_and_whole_numbers_are_no_floats() -> None:
+    good = {"net": {"w": torch.ones(2)}, "seen": torch.tensor([3]), "steps": 7, "parts": [torch.zeros(1)]}
+    loop.check_finite(good, 7)
+    bad = good | {"optimizer": {"state": {0: {"exp_avg": torch.tensor([0.0, math.inf])}}}}
+    with pytest.raises(
+        NonFiniteError, match=r"optimizer\.state\.0\.exp_avg became NaN or infinite in the update of step 7"
+    ):
+        loop.check_finite(bad, 7)
 
 
 def test_a_metric_that_nobody_measures_is_named_with_those_there_are() -> None:

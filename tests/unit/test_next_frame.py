@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterfake import checkpoint, config, dist
-from counterfake.errors import ConfigError, DataError
+from counterfake import bundle, checkpoint, config, dist
+from counterfake.errors import CheckpointError, ConfigError, DataError
+from counterfake.images import Preprocess
 from counterfake.learners import LearnerConfig, LearnerContext
 from counterfake.learners.next_frame import NextFrame, NextFrameConfig, moving_digits, sharpness
 from counterfake.nets import NetConfig
 from counterfake.nets.dcgan import DcganDiscriminator
 from counterfake.nets.unet import UNetConfig
-from jobs.study_blur import PRESETS
+from jobs.study_blur import BATCH, PRESETS, frames
 
 TINY = NextFrameConfig(
     net=UNetConfig.tiny(),
@@ -127,12 +128,40 @@ def test_resuming_equals_not_stopping_bit_for_bit(tmp_path: Path) -> None:
     assert checkpoint.weights_digest(second.state_dict()) == checkpoint.weights_digest(whole.state_dict())
 
 
+def test_a_checkpoint_of_another_network_is_one_line() -> None:
+    other = build(dataclasses.replace(TINY, net=dataclasses.replace(TINY.net, width=TINY.net.width * 2)))
+    with pytest.raises(CheckpointError, match="the checkpoint is of another painter of frames: ") as caught:
+        build(TINY).load_state_dict(other.state_dict())
+    assert "\n" not in str(caught.value)
+
+
 def test_held_out_figures_are_the_same_every_time() -> None:
     learner = build(TINY)
     first, second = (learner.validate([Rows(), Rows(3)]) for _ in range(2))
     assert first == second
     assert set(first) == {"mse", "sharpness"}
     assert learner.preview(Rows())["next_frame"].shape == (6 * 34 - 2, 3 * 34 - 2, 3)
+
+
+def test_judged_frames_move_alike_for_every_network_and_differently_in_each_batch(tmp_path: Path) -> None:
+    digits = Rows(8).images.permute(0, 2, 3, 1).numpy()
+    folders = []
+    for weight in (0.0, 0.1):
+        net = TINY.net.build()
+        torch.nn.init.constant_(next(net.parameters()), weight)
+        folder = tmp_path / f"{weight}"
+        bundle.write_nets(
+            folder, kind="next_frame", name="n", nets={"next_frame": (TINY.net, net.state_dict())},
+            preprocess=Preprocess(size=12, channels=1), provenance={},
+        )  # fmt: skip
+        folders.append(folder)
+    many = digits[[0] * 2 * BATCH]  # one digit, in two batches
+    (painted, true), (other, same) = (frames(folder, TINY, many, seed=3) for folder in folders)
+    assert painted.shape == true.shape == (2 * BATCH, 32, 32, 1)
+    assert (true == same).all()
+    assert (painted != other).any()
+    assert (true[:BATCH] != true[BATCH:]).any()
+    assert (frames(folders[0], TINY, many, seed=4)[1] != true).any()
 
 
 def test_an_adversary_of_another_size_is_refused() -> None:

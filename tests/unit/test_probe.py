@@ -22,6 +22,14 @@ def test_only_the_linear_layer_learns_and_the_backbone_keeps_its_statistics() ->
     assert all(torch.equal(value, before[name]) for name, value in net.features.state_dict().items())
 
 
+def test_it_is_mobilenets_features_and_one_linear_layer() -> None:
+    net = ProbeConfig().build()
+    head = 1280 + 1
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == head
+    classifier = 1280 * 1000 + 1000  # what torchvision's 3,504,872 has besides
+    assert sum(p.numel() for p in net.parameters()) == 3_504_872 - classifier + head
+
+
 def test_in_training_the_features_are_those_of_inference() -> None:
     net, batch = probe(), torch.rand(4, 3, 64, 64)
     with torch.no_grad():

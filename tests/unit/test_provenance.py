@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from counterfake import media, provenance
-from counterfake.errors import MediaError
+from counterfake.errors import ConfigError, MediaError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 
@@ -73,7 +77,23 @@ def test_hostile_metadata_is_the_same_as_none(junk: bytes) -> None:
 
 def test_other_files_cannot_be_marked() -> None:
     with pytest.raises(MediaError, match="not into unknown"):
+        provenance.mark(b"BM6\0\0\0", maker="x")
+    with pytest.raises(MediaError, match="only a whole GIF"):
         provenance.mark(b"GIF89a", maker="x")
+
+
+def test_a_marked_gif_shows_its_frames_to_readers_that_know_no_xmp() -> None:
+    frames = [np.full((8, 12, 3), value, np.uint8) for value in (0, 128, 255)]
+    plain = media.encode_gif(frames)
+    marked = provenance.mark(plain, maker="dcgan@3")
+    found = provenance.read(marked)
+    assert (found.digital_source_type, found.maker) == ("trainedAlgorithmicMedia", "dcgan@3")
+    assert provenance.read(plain) == provenance.Provenance()
+    with Image.open(io.BytesIO(marked)) as gif:
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"]) == (3, 200, 0)
+        for index, frame in enumerate(frames):
+            gif.seek(index)
+            assert (np.asarray(gif.convert("RGB")) == frame).all()
 
 
 def test_the_answer_is_json() -> None:
@@ -131,6 +151,95 @@ def test_without_the_reader_a_manifest_is_still_noticed(
     monkeypatch.setitem(sys.modules, "c2pa", None)
     found = provenance.read((shared_data / "c2pa" / "C.jpg").read_bytes())
     assert (found.has_c2pa, found.c2pa_state) == (True, "unreadable")
+
+
+# -- signing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("algorithm", ["es256", "ed25519"])
+def test_a_signed_picture_is_read_back_valid_with_its_source_type_and_pixels(
+    credentials: Callable[..., Any], format: str, algorithm: str
+) -> None:
+    files = credentials(algorithm)
+    signer = provenance.Signing(certificate=files.certificate, key=files.key).load()
+    assert signer is not None
+    assert signer.algorithm == algorithm
+    assert "PRIVATE" not in repr(signer)
+    data = media.encode(PIXELS, format)
+    signed = provenance.mark(data, maker="dcgan-faces@7", signer=signer)
+    found = provenance.read(signed)
+    assert (found.c2pa_state, found.c2pa_generator) == ("Valid", "counterfake")
+    assert (found.digital_source_type, found.maker) == ("trainedAlgorithmicMedia", "dcgan-faces@7")
+    assert found.c2pa_problems == ("signingCredential.untrusted",)  # nobody knows its root
+    assert (media.decode(signed) == media.decode(data)).all()
+
+
+def test_the_manifest_itself_says_what_made_the_picture(credentials: Callable[..., Any]) -> None:
+    """Where the XMP is stripped and the picture signed for a composite, the signature speaks alone."""
+    files = credentials()
+    signer = provenance.Signing(certificate=files.certificate, key=files.key).load()
+    assert signer is not None
+    out = io.BytesIO()
+    kind: provenance.SourceType = "compositeWithTrainedAlgorithmicMedia"
+    signer.sign(io.BytesIO(media.encode(PIXELS, "png")), out, "png", maker="swap@2", source_type=kind)
+    found = provenance.read(out.getvalue())
+    assert (found.digital_source_type, found.maker, found.c2pa_state) == (kind, "", "Valid")
+    assert b"swap@2" in out.getvalue()
+
+
+def test_a_changed_pixel_breaks_the_signature(credentials: Callable[..., Any]) -> None:
+    files = credentials()
+    signer = provenance.Signing(certificate=files.certificate, key=files.key).load()
+    signed = bytearray(provenance.mark(media.encode(PIXELS), maker="m", signer=signer))
+    signed[-40] ^= 1
+    assert provenance.read(bytes(signed)).c2pa_state == "Invalid"
+
+
+def test_a_signed_video_keeps_its_frames(credentials: Callable[..., Any], clip: Path) -> None:
+    from counterfake import video
+
+    files = credentials("ed25519")
+    before = [frame.pixels for frame in video.frames(clip, every=1)]
+    signer = provenance.Signing(certificate=files.certificate, key=files.key).load()
+    provenance.mark_video(clip, maker="swap@1", signer=signer)
+    found = provenance.read(clip.read_bytes())
+    assert (found.c2pa_state, found.digital_source_type) == ("Valid", "compositeWithTrainedAlgorithmicMedia")
+    assert all((a == b.pixels).all() for a, b in zip(before, video.frames(clip, every=1), strict=True))
+    assert [path.name for path in clip.parent.iterdir()] == [clip.name]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("missing", r"sign\.key .* cannot be read: No such file"),
+        ("no pem", r"sign\.key .* is no PEM file"),
+        ("no key", r"sign\.key .* holds no private key"),
+        ("another's", r"sign\.certificate .* and sign\.key .* do not sign: .*does not match"),
+        ("expired", r"do not sign: .*not valid at time of signing"),
+        ("half", r"sign\.certificate is set but sign\.key is not"),
+    ],
+)
+def test_a_key_that_does_not_sign_is_one_line(
+    credentials: Callable[..., Any], tmp_path: Path, wrong: str, says: str
+) -> None:
+    files = credentials(days=-1 if wrong == "expired" else 30)
+    (tmp_path / "text").write_text("hello")
+    key = {"missing": str(tmp_path / "none"), "no pem": str(tmp_path / "text"), "no key": files.certificate,
+           "another's": credentials().key, "half": ""}.get(wrong, files.key)  # fmt: skip
+    with pytest.raises(ConfigError, match=says) as caught:
+        provenance.Signing(certificate=files.certificate, key=key).load()
+    assert "\n" not in str(caught.value), wrong
+
+
+def test_without_a_key_nothing_is_signed_and_without_the_package_that_is_said(
+    credentials: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert provenance.Signing().load() is None
+    files = credentials()
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    with pytest.raises(ConfigError, match="pip install c2pa-python"):
+        provenance.Signing(certificate=files.certificate, key=files.key).load()
 
 
 # -- videos and labels ----------------------------------------------------------------------------------------------

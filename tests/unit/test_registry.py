@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from counterfake import bundle, tracking
-from counterfake.errors import CheckpointError, GateError, RegistryError, TrackingError
-from counterfake.gate import Gate
+from counterfake.errors import CheckpointError, ConfigError, GateError, RegistryError, TrackingError
+from counterfake.gate import CHAMPION, Gate
 from counterfake.nets import NetConfig
 from counterfake.registry import ModelVersion, Registry
 from counterfake.tracking import Tracker
+
+OPEN = Gate()  # asks nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def test_the_same_bundle_twice_is_one_version(registry: Registry, tmp_path: Path
 
 
 def test_a_version_is_found_by_alias_number_and_name(registry: Registry, three: str) -> None:
-    registry.promote(three, 2)
+    registry.promote(three, 2, gate=OPEN)
     assert registry.get(f"{three}@champion").version == 2
     assert registry.get(f"models:/{three}@champion").version == 2
     assert registry.get(f"{three}/1").version == 1
@@ -146,7 +148,7 @@ def test_a_bundle_altered_in_storage_is_never_served(registry: Registry, three: 
 def test_an_alias_is_fetched_while_mlflow_is_away(
     registry: Registry, three: str, tmp_path: Path, free_port: int
 ) -> None:
-    registry.promote(three, 2)
+    registry.promote(three, 2, gate=OPEN)
     away = Registry(f"http://127.0.0.1:{free_port}", registry.bundles_uri)
     folder = away.fetch(f"{three}@champion", tmp_path / "cache")
     assert bundle.read(folder).digest == registry.get(f"{three}/2").digest
@@ -178,6 +180,72 @@ def test_a_gate_may_ask_the_pessimistic_end_of_the_interval() -> None:
     assert Gate().check(None) == []
 
 
+def test_a_bound_if_measured_passes_a_missing_figure_and_holds_a_measured_one() -> None:
+    gate = Gate(min_auc=0.5, if_measured={"max_latency_ms": 100.0, "min_worst_group_auc": 0.6})
+    assert gate.check(figures(0.9)) == []
+    slow = {**figures(0.9, worst=0.5), "latency_ms": 250.0}
+    assert gate.check(slow) == [
+        "latency_ms is 250, must be at most 100",
+        "worst_group_auc is 0.5, must be at least 0.6",
+    ]
+    asked = dataclasses.replace(gate, max_latency_ms=300.0)
+    assert len(asked.check(slow)) == 1
+    assert "latency_ms was not measured" in asked.check(figures(0.9))[0]
+    with pytest.raises(ConfigError, match="no bound 'min_luck'"):
+        Gate(if_measured={"min_luck": 1.0})
+
+
+def test_the_champions_gate_covers_group_damage_calibration_and_latency() -> None:
+    good = {
+        **figures(0.9, worst=0.7), "latency_ms": 40.0,
+        "robustness": {"worst": {"cell": "jpeg 30", "auc": {"value": 0.6}}},
+    }  # fmt: skip
+    assert CHAMPION.check(good) == []
+    assert CHAMPION.check(figures(0.9)) == []
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("worst_group_auc", figures(0.9, worst=0.5)),
+        ("robustness_auc", {"robustness": {"worst": {"auc": {"value": 0.5}}}}),
+        ("ece", {"ece": {"value": 0.3}}),
+        ("latency_ms", {"latency_ms": 9_000.0}),
+        ("recall_real", {"recall_real": {"value": 0.6}}),
+    ]
+    for name, change in bad:
+        (line,) = CHAMPION.check({**good, **change})
+        assert line.startswith(f"{name} is ")
+
+
+def test_commercial_use_is_refused_where_a_licence_or_consent_rules_it_out() -> None:
+    gate = Gate(licence="commercial")
+    fine = {"a": {"licence": "CC-BY-4.0", "consent": "subjects"}, "b": {"licence": "MIT", "consent": "none"}}
+    assert gate.check(None, sources=fine) == []
+    for licence, consent, why in (
+        ("CC-BY-NC-SA-4.0", "none", "says 'NC'"),
+        ("model output; trained on research only", "synthetic", "says 'research'"),
+        ("non-commercial", "none", "says 'non-commercial'"),
+        ("", "none", "is not stated"),
+        ("unstated", "none", "is not stated"),
+        ("CC-BY-4.0", "research", "consent of source 'c' is 'research'"),
+    ):
+        (line,) = gate.check(None, sources={**fine, "c": {"licence": licence, "consent": consent}})
+        assert why in line
+    assert "does not record" in gate.check(None, sources={})[0]
+    assert Gate().check(None, sources={}) == []
+
+
+def test_a_promotion_reads_the_licences_of_the_bundle(registry: Registry, three: str) -> None:
+    with pytest.raises(GateError, match="does not record the sources"):
+        registry.promote(three, 3, gate=Gate(licence="commercial"))
+
+
+def test_without_a_gate_the_champions_own_is_asked_and_other_aliases_ask_nothing(
+    registry: Registry, three: str
+) -> None:
+    with pytest.raises(GateError, match=r"auc is 0.6, must be at least 0.75"):
+        registry.promote(three, 1)
+    assert registry.promote(three, 1, "challenger").aliases == ("challenger",)
+    assert registry.promote(three, 3).aliases == ("champion",)  # AUC 0.9, worst group 0.7
+
+
 def test_a_worse_model_does_not_follow_a_better_one(registry: Registry, three: str) -> None:
     gate = Gate(max_auc_drop=0.02)
     registry.promote(three, 3, gate=gate)
@@ -197,11 +265,13 @@ def test_a_drop_is_told_only_between_figures_of_one_split() -> None:
 
 def test_rollback_walks_back_through_what_was_champion(registry: Registry, three: str) -> None:
     for version in (1, 2, 3):
-        registry.promote(three, version)
+        registry.promote(three, version, gate=OPEN)
     assert registry.rollback(three).version == 2
     assert registry.rollback(three).version == 1
     with pytest.raises(RegistryError, match="no earlier version"):
         registry.rollback(three)
+    with pytest.raises(RegistryError, match=r"is version 1, not 3 as expected.*roll back again"):
+        registry.rollback(three, expected=3)
     assert [record["version"] for record in registry.promotions(three)] == [1, 2, 3, 2, 1]
 
 
@@ -209,11 +279,11 @@ def test_of_two_promotions_that_expect_the_same_one_wins(registry: Registry, thr
     def attempt(version: int, now: int, barrier: threading.Barrier) -> ModelVersion | RegistryError:
         barrier.wait()
         try:
-            return registry.promote(three, version, expected=now)
+            return registry.promote(three, version, gate=OPEN, expected=now)
         except RegistryError as error:
             return error
 
-    now = registry.promote(three, 1).version
+    now = registry.promote(three, 1, gate=OPEN).version
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             barrier, others = threading.Barrier(2), [v for v in (1, 2, 3) if v != now]
@@ -238,10 +308,10 @@ def test_bundles_and_promotions_live_on_object_storage(registry: Registry, tmp_p
 
 
 def test_an_alias_moved_by_hand_is_repaired_by_the_next_promotion(registry: Registry, three: str) -> None:
-    registry.promote(three, 1)
+    registry.promote(three, 1, gate=OPEN)
     tracking.connect(registry.tracking_uri).set_registered_model_alias(three, "champion", "3")
     assert registry.get(f"{three}@champion").version == 3
-    assert registry.promote(three, 2).aliases == ("champion",)
+    assert registry.promote(three, 2, gate=OPEN).aliases == ("champion",)
 
 
 def test_no_artefact_of_a_version_is_a_pickle(registry: Registry, three: str) -> None:
@@ -291,7 +361,7 @@ def test_the_registered_pyfunc_gives_the_predictors_probabilities(
         provenance={},
     ).folder
     registry.register(folder, "pyfunc")
-    registry.promote("pyfunc", 1)
+    registry.promote("pyfunc", 1, gate=OPEN)
     noise = np.random.default_rng(0).integers(0, 255, (2, 40, 40, 3), dtype=np.uint8)
     pictures = [media.encode(pixels, "png") for pixels in noise]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
@@ -318,3 +388,47 @@ def test_a_registered_generator_paints_one_picture_per_seed(registry: Registry, 
     assert media.sniff(first) == "png"
     assert paint([1]) == [first]
     assert first != second
+
+
+def test_of_a_conditional_generator_the_seed_draws_the_class_and_a_key_signs(
+    registry: Registry, tmp_path: Path, credentials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+    import numpy as np
+
+    from counterfake import media, provenance
+    from counterfake.images import Preprocess
+    from counterfake.nets.dcgan import DcganGenerator
+    from counterfake.registry import _paint, opened
+
+    class Told(torch.nn.Module):
+        """Paints the class it is asked for as grey."""
+
+        def forward(self, noise: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return (classes.float() / 2 - 1)[:, None, None, None].expand(-1, 3, 4, 4)
+
+    config = dataclasses.replace(DcganGenerator.tiny(), classes=4)
+    nets = {"generator": (config, config.build().state_dict())}
+    folder = bundle.write_nets(
+        tmp_path / "g", kind="generator", name="tiny", nets=nets, preprocess=Preprocess(), provenance={}
+    ).folder
+    files = credentials()
+    paint = opened(folder, provenance.Signing(certificate=files.certificate, key=files.key))
+    found = provenance.read(paint([1])[0])
+    assert (found.c2pa_state, found.digital_source_type) == ("Valid", "trainedAlgorithmicMedia")
+    registry.register(folder, "told")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry.tracking_uri)
+    monkeypatch.setenv("COUNTERFAKE_C2PA_CERT", files.certificate)
+    monkeypatch.setenv("COUNTERFAKE_C2PA_KEY", files.key)
+    served = mlflow.pyfunc.load_model("models:/told/1").predict([1, 2])  # what `mlflow models serve` answers
+    assert [provenance.read(data).c2pa_state for data in served] == ["Valid", "Valid"]
+    unsigned = opened(folder)
+    assert unsigned([7]) == unsigned([3, 7])[1:]  # a seed means the same picture in any company
+    drawn = [
+        int(media.decode_trusted(png)[0, 0, 0])
+        for png in _paint(bundle.read(folder), Told(), None, range(400))
+    ]
+    shares = np.unique(drawn, return_counts=True)[1] / 400
+    assert len(shares) == 4
+    assert ((shares > 0.17) & (shares < 0.33)).all()

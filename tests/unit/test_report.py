@@ -104,6 +104,10 @@ def test_rows_of_an_evaluation(judged: tuple[np.ndarray, np.ndarray, dict]) -> N
     groups = {row[0]: row for row in report.group_rows(judged[2]["groups"]["maker"])}
     assert groups["camera"][4] == "–"
     assert groups["gan"][3] == "–"
+    auc = judged[2]["groups"]["maker"]["gan"]["auc"]
+    assert groups["gan"][2] == f"{auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f})"
+    bare = report.group_rows({"gan": {"n": 3, "auc": {"value": 0.5, "low": None, "high": None}}})
+    assert bare == [["gan", "3", "0.500", "–", "–"]]
 
 
 def test_the_card_says_what_was_not_measured_and_shows_groups(

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from counterfake import bundle as bundles
-from counterfake import media, predictor, runtime
+from counterfake import locks, media, predictor, runtime
 from counterfake.data import DataConfig
-from counterfake.errors import CheckpointError, ConfigError
+from counterfake.errors import CheckpointError, ConfigError, DataError
 from counterfake.images import Preprocess, to_float
 from counterfake.nets import NetConfig, mobilenetv2
 from counterfake.nets.convnext import ConvNextConfig
@@ -29,7 +29,7 @@ from counterfake.nets.probe import ProbeConfig
 from counterfake.nets.resnet import ResNetConfig
 from counterfake.nets.xception import XceptionConfig
 from counterfake.predictor import Decoded
-from counterfake.records import Sample, SplitRule, write_version
+from counterfake.records import Dataset, Sample, SplitRule, write_version
 from counterfake.registry import Registry
 from counterfake.runtime import CANDIDATES, TORCH, Candidate
 from counterfake.workspace import Workspace
@@ -235,6 +235,13 @@ def place(tmp_path: Path) -> Workspace:
         provenance={"dataset": {"uri": uri, "version": version.number, "digest": version.digest}},
     )  # fmt: skip
     return workspace
+
+
+def test_a_locked_split_chooses_no_runtime(place: Workspace, tmp_path: Path) -> None:
+    dataset = Dataset.open(place.dataset("made"))
+    locks.lock(dataset, dataset.version(), ["validation"])
+    with pytest.raises(DataError, match=r"split validation of .* is locked and cannot be used to choose"):
+        optimise.run(OptimiseJob(model=str(tmp_path / "net")), place)
 
 
 def test_the_job_registers_what_was_measured(place: Workspace, tmp_path: Path) -> None:

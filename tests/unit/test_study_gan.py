@@ -9,6 +9,7 @@ import pytest
 from counterfake.errors import ConfigError
 from counterfake.learners.detector import DetectorConfig
 from counterfake.learners.gan import GanConfig
+from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
 from jobs.study_gan import PRESETS, Cell, cells, table, train_job, updates
 
 JOB = PRESETS["gan-minimax-k"]()
@@ -43,6 +44,13 @@ def test_with_one_step_both_budgets_are_the_same_run() -> None:
     assert one == other
 
 
+def test_the_dcgan_of_the_articles_is_studied_too() -> None:
+    job = train_job(PRESETS["gan-minimax-k-dcgan"](), Cell("equal work", "minimax", 2, 0))
+    assert isinstance(job.learner, GanConfig)
+    assert (job.learner.generator, job.learner.discriminator) == (DcganGenerator(), DcganDiscriminator())
+    assert (job.name, job.data.batch_size) == ("gan-minimax-k-dcgan-minimax-k2", 256)
+
+
 def test_a_table_has_means_over_seeds() -> None:
     rows = [
         {
@@ -69,5 +77,10 @@ def test_a_table_has_means_over_seeds() -> None:
 def test_a_study_of_something_else_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"base\.learner must be a GanConfig, got DetectorConfig"):
         dataclasses.replace(JOB, base=dataclasses.replace(JOB.base, learner=DetectorConfig()))
+    told = GanConfig(generator=DcganGenerator(classes=10), discriminator=DcganDiscriminator(classes=10))
+    with pytest.raises(
+        ConfigError, match=r"told one of 10 classes; set classes=0 in base\.learner\.generator"
+    ):
+        dataclasses.replace(JOB, base=dataclasses.replace(JOB.base, learner=told))
     with pytest.raises(ConfigError, match="d_steps of 1 or more"):
         dataclasses.replace(JOB, d_steps=(0,))

@@ -20,6 +20,14 @@ def test_a_clip_of_any_length_gives_one_logit(recurrent: bool, frames: int) -> N
         assert net(torch.rand(2, frames, 3, 32, 32)).shape == (2,)
 
 
+def test_the_parameters_are_the_backbones_the_grus_and_one_logit() -> None:
+    features = 3_504_872 - (1280 * 1000 + 1000)  # torchvision's mobilenet_v2 without its classifier
+    gru = 2 * (3 * 128 * (1280 + 128) + 2 * 3 * 128)  # two directions, three gates, two biases each
+    for recurrent, rest in ((True, gru + 2 * 128 + 1), (False, 1280 + 1)):
+        net = TemporalConfig(recurrent=recurrent).build()
+        assert sum(p.numel() for p in net.parameters()) == features + rest
+
+
 def test_the_control_is_the_mean_of_the_frames_own_logits() -> None:
     head = FrameHead(6, replace(TemporalConfig.tiny(), recurrent=False)).eval()
     frames = torch.randn(3, 7, 6)

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from counterfake import provenance
 from counterfake.errors import TrackingError
 from counterfake.outbox import Outbox
 from counterfake.tracking import Tracker
@@ -40,6 +42,7 @@ def test_a_run_holds_what_it_was_given(tracker: Tracker, home: Path) -> None:
         run.metrics({"g_loss": step / 2, "d_loss@real": 1.0}, step)
     run.picture("grid", b"\x89PNG\r\n\x1a\n", step=20)
     run.picture("roc", b"\x89PNG\r\n\x1a\n")
+    run.picture("made", np.zeros((20, 20, 3), np.uint8), maker="dcgan-faces")
     run.json("plan.json", {"a": 1})
     run.file(report)
     report.unlink()
@@ -54,12 +57,15 @@ def test_a_run_holds_what_it_was_given(tracker: Tracker, home: Path) -> None:
     assert seen["datasets"] == [{"name": "faces@3", "digest": "d" * 36, "context": "training"}]
     assert tracker.history(run.id, "g_loss") == [(step, step / 2) for step in range(30)]
     assert tracker.files(run.id) == [
+        "pictures/made.png",
         "pictures/roc.png",
         "plan.json",
         "previews/grid/00000020.png",
         "report.txt",
     ]
     assert tracker.load(run.id, "report.txt") == b"all well"
+    mark = provenance.read(tracker.load(run.id, "pictures/made.png"))
+    assert (mark.maker, mark.claims_synthetic) == ("dcgan-faces", True)
     assert seen["artifact_uri"].startswith((home / "artifacts" / "gan").as_uri())
 
 

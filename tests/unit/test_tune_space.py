@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from counterfake.cluster.space import SearchSpace
+from counterfake.config import override
 from counterfake.errors import ClusterError, ConfigError
 from counterfake.evaluation.search import search_plot
 
@@ -78,6 +80,92 @@ def test_an_unknown_path_is_found_before_the_search(tmp_path: Path) -> None:
 def test_a_value_the_configuration_refuses_is_found_before_the_search(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at most 64"):
         space(**settings).check(Outer())
+
+
+def test_what_a_population_perturbs_stays_inside_the_space() -> None:
+    found = space(
+        learner__lr={"log": ["1e-4", 1e-2]},
+        learner__width={"int": [4, 32]},
+        learner__act={"choice": ["relu", "silu"]},
+    )
+    beyond = {"learner.lr": 0.012, "learner.width": 38.4, "learner.act": "silu"}
+    assert found.within(beyond) == {"learner.lr": 0.01, "learner.width": 32, "learner.act": "silu"}
+    below = {"learner.lr": 8e-5, "learner.width": 5.6, "learner.act": "relu"}
+    assert found.within(below) == {"learner.lr": 1e-4, "learner.width": 6, "learner.act": "relu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "trials", "message"),
+    [
+        ({"data.batch_size": {"int": [8, 16]}}, {}, 4, r"data\.batch_size does not allow; only learner"),
+        ({"learner.net.width_mult": {"choice": [0.35, 0.5]}}, {}, 4, "networks of different shapes"),
+        ({"learner.lr": {"log": [1e-4, 1e-2]}}, {"workers": 2}, 4, r"set train\.workers=0"),
+        ({"learner.lr": {"log": [1e-4, 1e-2]}}, {}, 1, "at least 2 trials, got 1"),
+    ],
+    ids=["batch", "width", "workers", "alone"],
+)
+def test_what_a_population_cannot_exchange_is_refused(
+    settings: dict[str, Any], changes: dict[str, Any], trials: int, message: str
+) -> None:
+    from counterfake.cluster import population
+    from jobs.train_detector import mobilenetv2_demo
+
+    job = override(mobilenetv2_demo(), changes)
+    with pytest.raises(ConfigError, match=message):
+        population.check(job, SearchSpace(settings=settings), trials, 0)
+
+
+def test_a_population_may_change_what_leaves_the_weights_as_they_are() -> None:
+    from counterfake.cluster import population
+    from jobs.train_detector import mobilenetv2_demo
+
+    free = {"learner.lr": {"log": [1e-4, 1e-2]}, "learner.net.dropout": {"uniform": [0.0, 0.5]}}
+    population.check(mobilenetv2_demo(), SearchSpace(settings=free), 2, 0)
+
+
+def test_spending_is_trial_seconds_times_what_a_trial_holds_and_outlives_its_process(tmp_path: Path) -> None:
+    from counterfake.cluster.budget import Budget, Spending
+
+    budget, uri = Budget(cpu_hours=2.0), f"file://{tmp_path}"
+    first = Spending(uri, budget, cpus=4, gpus=0.5)
+    assert not first.exhausted
+    for _ in range(10):
+        first.add(144.0)
+    again = Spending(uri, budget, cpus=4, gpus=0.5)
+    assert (again.cpu_hours, again.gpu_hours) == (pytest.approx(1.6), pytest.approx(0.2))
+    assert not again.exhausted
+    again.add(360.0)
+    assert again.exhausted
+    restored = copy.copy(first)  # as Tune restores what it kept: older than the file
+    assert restored.seconds == again.seconds > first.seconds
+    assert Spending(uri, Budget(gpu_hours=0.25), cpus=4, gpus=0.5).exhausted
+    assert not Spending(uri, Budget(), cpus=4, gpus=0.5).exhausted  # no limit
+
+
+def test_a_spent_budget_stops_trials_but_leaves_those_at_their_end_their_bundle(tmp_path: Path) -> None:
+    from counterfake.cluster.budget import Budget, Spending, stopper
+
+    stop = stopper(Spending(f"file://{tmp_path}", Budget(cpu_hours=1.0), cpus=1, gpus=0))
+    assert not stop("a", {"time_this_iter_s": 3000.0})
+    assert not stop.stop_all()
+    assert not stop("a", {"time_this_iter_s": 900.0, "last": True})  # over the limit, and done
+    assert not stop.stop_all()
+    assert stop("b", {"time_this_iter_s": 1.0})
+    stop._ending -= 61  # a minute later
+    assert stop.stop_all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"gpu_hours": 1.0}, r"1 GPU-hours limits nothing: a trial has train\.gpus_per_worker=0"), ({"cpu_hours": -1.0}, "negative")],
+    ids=["no GPU", "negative"],
+)  # fmt: skip
+def test_a_budget_that_limits_nothing_is_refused(settings: dict[str, float], message: str) -> None:
+    from counterfake.cluster.budget import Budget
+    from jobs.train_detector import mobilenetv2_demo
+
+    with pytest.raises(ConfigError, match=message):
+        Budget(**settings).check(mobilenetv2_demo())
 
 
 def test_an_empty_space_is_refused() -> None:

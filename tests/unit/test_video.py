@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from counterfake import bundle, images, media, predictor
+from counterfake import bundle, images, locks, media, predictor
 from counterfake.config import override
+from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.learners.video import Clips, VideoHeadConfig, fit, frame_mean
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.nets.temporal import TemporalConfig
-from counterfake.records import write_version
+from counterfake.records import Dataset, write_version
 from counterfake.samples import Sample
 from counterfake.workspace import Workspace
 from jobs import train_video
@@ -79,6 +80,15 @@ def test_the_job_reads_stored_frames_and_leaves_a_bundle(workspace: Workspace) -
         torch.testing.assert_close(net(clip[:, 0]), net(clip[:, :1]))
     pixels = np.zeros((32, 32, 3), np.uint8)
     assert 0 < predictor.load(done["bundle"]).predict_bytes([media.encode(pixels, "png")])[0] < 1
+
+
+def test_a_locked_split_is_not_read_video_by_video(workspace: Workspace) -> None:
+    detector = tiny_detector(workspace.home / "detector")
+    store(workspace)
+    dataset = Dataset.open(workspace.dataset("clips"))
+    locks.lock(dataset, dataset.version(), ["test"])
+    with pytest.raises(DataError, match=r"split test of .* is locked and cannot be read video by video"):
+        train_video.run(train_video.VideoJob(detector=str(detector), data=DataConfig(uri="clips")), workspace)
 
 
 def test_what_is_missing_is_said_in_one_line(workspace: Workspace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,13 +66,28 @@ class SearchSpace:
 
     def check(self, base: T) -> None:
         """Raises ConfigError unless the lowest and highest corner and every choice make a valid configuration of `base`."""
+        for _ in self.corners(base):
+            pass
+
+    def corners(self, base: T) -> Iterator[T]:
+        """`base` in the lowest and the highest corner of the space, and with every choice."""
         corner = {path: self.kind(path)[1][0] for path in self.settings}
-        override(base, corner)
-        override(base, {path: self.kind(path)[1][-1] for path in self.settings})
+        yield override(base, corner)
+        yield override(base, {path: self.kind(path)[1][-1] for path in self.settings})
         for path in self.settings:
             kind, values = self.kind(path)
             for value in values if kind == "choice" else ():
-                override(base, {**corner, path: value})
+                yield override(base, {**corner, path: value})
+
+    def within(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings with every number brought back into its domain."""
+        found = dict(settings)
+        for path in self.settings:
+            kind, values = self.kind(path)
+            if kind != "choice":
+                value = min(max(found[path], values[0]), values[-1])
+                found[path] = round(value) if kind == "int" else float(value)
+        return found
 
 
 # -- private --------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def fit(
     allowed = _admit(job, workspace)
     # Opening the data refuses what does not fit before anything starts.
     Loader(job.data, world=max(job.workers, 1), cache=workspace.cache)
+    _admit_rows(job, workspace)
     name = run_name(job, dataset)
     store = open_store(f"{workspace.training}/{name}")
     if store.exists("result.json"):
@@ -101,6 +102,12 @@ def run_name(job: TrainJob, dataset: dict[str, Any]) -> str:
     global batches. Ray or this process is: they keep their checkpoints apart."""
     settings = config.to_dict(dataclasses.replace(job, notes="", register_as="", workers=min(job.workers, 1)))
     return f"{job.name}-{config.digest({'job': settings, 'dataset': dataset})[:12]}"
+
+
+def run_folder(job: TrainJob, workspace: Workspace) -> Store:
+    """The folder of the job's run on storage, begun or not."""
+    job, dataset = _pin(job, workspace)
+    return open_store(f"{workspace.training}/{run_name(job, dataset)}")
 
 
 # -- private --------------------------------------------------------------------------------------
@@ -139,6 +146,13 @@ def _admit(job: TrainJob, workspace: Workspace) -> list[str]:
         dataset = Dataset.open(uri, cache=workspace.cache)
         found.update(audit.admit(dataset, dataset.version(), allow_leaks=job.data.allow_leaks))
     return sorted(found)
+
+
+def _admit_rows(job: TrainJob, workspace: Workspace) -> None:
+    """Show the learner the counts of its rows; conditions of `where` on columns that are not counted rule out none."""
+    dataset = Dataset.open(job.data.uri, cache=workspace.cache)
+    counts = dataset.version(dataset.pinned).counts_of(job.data.split, job.data.where)
+    job.learner.admit(counts, f"{job.data.uri.rpartition('/')[2]} split {job.data.split}")
 
 
 def _open_run(

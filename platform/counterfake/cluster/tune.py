@@ -1,8 +1,9 @@
 """`search`: Ray Tune over dotted configuration paths. Every trial is an ordinary training job with its own MLflow run.
 
-Optuna proposes, ASHA stops the weak early. A trial without workers trains in its own process; with workers it starts
-a Ray Train run, and as many trials run at once as really fit, so that none waits for the CPUs of another. The search's
-folder `<storage>/searches/<name>` is the state of Tune: the same search again goes on where it was killed.
+Optuna proposes and ASHA stops the weak early, or a population exchanges checkpoints (population.py). A trial without
+workers trains in its own process; with workers it starts a Ray Train run, and as many trials run at once as really fit, so
+that none waits for the CPUs of another. The search's folder `<storage>/searches/<name>` is the state of Tune: the same
+search again goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any, Literal
 import yaml
 
 from counterfake import config
-from counterfake.cluster import session
+from counterfake.cluster import population, session
+from counterfake.cluster.budget import NO_LIMIT, Budget, Spending, stopper
 from counterfake.cluster.space import SearchSpace
 from counterfake.cluster.train import fit
 from counterfake.data import DataConfig
@@ -35,7 +37,9 @@ from counterfake.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 1  # restarts of a crashed trial, each from its last checkpoint
+Scheduler = Literal["asha", "pbt", "none"]
+
+MAX_FAILURES = 3  # restarts of a crashed trial, each from its last checkpoint; Ray counts a crash once per call in flight
 
 # Tune reads these from the environment only; a value that is there wins.
 _FLAGS = {
@@ -53,12 +57,13 @@ class Trial:
 
     name: str
     settings: dict[str, Any]  # dotted path -> value
-    value: float | None  # the objective at its last report; None if it failed before one
+    value: float | None  # the objective at its last report: of the weights it keeps; None = no report
     steps: int
     state: Literal["finished", "stopped early", "failed"]
     run_id: str  # of MLflow, nested under the search
     seconds: float
     error: str = ""
+    run: str = ""  # name of its training run; of the last one, where a population exchanged checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ class SearchResult:
     settings_file: Path  # the best settings, for `--settings`
     concurrent: int  # trials at once
     seconds: float
+    cpu_hours: float = 0.0  # of all trials, from start to last report, restarts included
+    gpu_hours: float = 0.0
     reused: bool = False  # the search had been finished before
 
 
@@ -84,22 +91,27 @@ def search(
     workspace: Workspace,
     *,
     trials: int = 8,
-    metric: str = "val_auc",
+    metric: str = "val_best_auc",
     mode: Literal["max", "min"] = "max",
+    scheduler: Scheduler = "asha",
     grace: float = 0.25,
     reduction: float = 3.0,
+    budget: Budget = NO_LIMIT,
     concurrent: int = 0,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
 ) -> SearchResult:
     """The best settings of `space` around `base`, by `metric` of its ticks.
 
-    grace: share of a trial's duration before ASHA may stop it; reduction: one in so many goes on at each rung;
-    concurrent: at most so many at once (0 = as many as fit). Raises ConfigError or ClusterError before anything
-    starts, TrainingError if every trial fails."""
+    grace: share of a trial's duration before ASHA may stop it, or between two exchanges of pbt; reduction: one in so many
+    goes on at each rung of ASHA; budget: after which no trial begins or goes on; concurrent: at most so many at once (0 = as
+    many as fit). Raises ConfigError or ClusterError before anything starts, TrainingError if every trial fails."""
     started = time.perf_counter()
     base = _prepared(base, workspace, metric)
     space.check(base)
+    budget.check(base)
+    if scheduler == "pbt":
+        population.check(base, space, trials, concurrent)
     if trials < 1 or not 0 < grace <= 1 or reduction <= 1:
         raise ConfigError(
             f"trials {trials} and grace {grace:g} (0 to 1) must be positive, reduction {reduction:g} above 1"
@@ -111,7 +123,8 @@ def search(
         "metric": metric,
         "mode": mode,
     }
-    plan |= {"grace": grace, "reduction": reduction, "seed": seed}
+    plan |= {"scheduler": scheduler, "grace": grace, "reduction": reduction, "seed": seed}
+    plan |= {"budget": dataclasses.asdict(budget)}
     name = f"{base.name}-search-{config.digest(plan)[:12]}"
     store = open_store(f"{workspace.storage}/searches/{name}")
     if store.exists("result.json"):
@@ -126,6 +139,10 @@ def search(
             grid = _tuner(plan, workspace, run.id, name, slots).fit()
             found = [_trial(result, metric, _runs(workspace, base.task, run.id)) for result in grid]
             result = _conclude(found, space, plan, workspace, run, name, slots, time.perf_counter() - started)
+            spent = _spending(plan, workspace, name)
+            result = dataclasses.replace(result, cpu_hours=spent.cpu_hours, gpu_hours=spent.gpu_hours)
+            run.metrics({"cpu_hours": spent.cpu_hours, "gpu_hours": spent.gpu_hours}, step=0)
+            _sweep(store)
     store.put("result.json", json.dumps(_to_dict(result), default=str).encode())
     return result
 
@@ -188,6 +205,12 @@ def _prepared(base: TrainJob, workspace: Workspace, metric: str) -> TrainJob:
     if metric.startswith("val_") and base.validation is None:
         raise ConfigError(
             f"the objective {metric} needs held-out rows; set train.validation.uri and its split"
+        )
+    # a learner that exports its best weights, not its last, says which figure chose them
+    kept = getattr(base.learner, "kept_metric", metric)
+    if metric.startswith("val_") and metric != kept:
+        raise ConfigError(
+            f"the objective {metric} is not what a trial keeps its weights by; use {kept}, or set train.learner.select"
         )
     threads = base.loop.threads or max(1, int(base.cpus_per_worker))  # several trials share the machine
     return dataclasses.replace(
@@ -278,6 +301,8 @@ def _tuner(
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             callbacks=[_teller(name, plan["metric"])],
+            stop=stopper(_spending(plan, workspace, name)),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=_copies(plan, workspace)),
             verbose=0,
         ),
     )
@@ -287,14 +312,22 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
     """One trial: the base job with the sampled settings, to its end, in a process of Tune."""
     from ray import tune
 
-    context = tune.get_context()
-    name = f"{order['name']}-{context.get_trial_id()}"
+    trial = tune.get_context().get_trial_id()
+    name = f"{order['name']}-{trial}"
     job = config.override(config.from_dict(TrainJob, order["job"]), {**sampled, "name": name})
     workspace = config.from_dict(Workspace, order["workspace"])
+    exchanging = order["scheduler"] == "pbt"
+    if exchanging:
+        job = population.begin(job, sampled, trial, workspace)
 
     def tell(tick: Tick) -> None:
-        if order["metric"] in tick.metrics:
-            tune.report(tick.figures)
+        figures = {**tick.figures, "run": job.name}
+        if order["metric"] not in tick.metrics:
+            return
+        if exchanging:
+            population.report(tick, figures, job, sampled, trial, workspace)
+        else:
+            tune.report(figures)
 
     if job.workers:
         from ray.tune.integration.ray_train import TuneReportCallback
@@ -302,7 +335,8 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
         result = fit(job, workspace, parent_run=order["parent"], callbacks=[TuneReportCallback()])
     else:
         result = fit(job, workspace, parent_run=order["parent"], on_progress=tell)
-    if result.reused:  # it had finished, but the killed search did not know yet
+    if result.reused:  # it had finished, but the killed search, and perhaps MLflow, did not know yet
+        Run(workspace.tracking_uri, result.run_id).finish()
         tune.report(
             {
                 **result.metrics,
@@ -310,6 +344,7 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
                 "images": result.images,
                 "epoch": job.loop.epochs,
                 "last": True,
+                "run": job.name,
             }
         )
 
@@ -338,6 +373,10 @@ def _domains(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _searcher(plan: Mapping[str, Any], slots: int) -> Any:
+    if plan["scheduler"] == "pbt":  # it proposes by itself, after a random start
+        from ray.tune.search import BasicVariantGenerator
+
+        return BasicVariantGenerator(random_state=plan["seed"])
     import optuna
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
@@ -348,27 +387,64 @@ def _searcher(plan: Mapping[str, Any], slots: int) -> Any:
 
 
 def _scheduler(plan: Mapping[str, Any]) -> Any:
-    """ASHA, counting in the unit of the job's own duration, so that trials with other batch sizes compare.
+    """ASHA or PBT, counting in the unit of the job's own duration, so that trials with other batch sizes compare.
 
     The last report of a trial never stops it: its bundle is still to be written."""
-    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+    from ray.tune import schedulers
 
-    class UntilTheLast(ASHAScheduler):
+    if plan["scheduler"] == "none":
+        return schedulers.FIFOScheduler()
+    kind: Any = {"asha": schedulers.ASHAScheduler, "pbt": schedulers.PopulationBasedTraining}[
+        plan["scheduler"]
+    ]
+
+    class UntilTheLast(kind):  # type: ignore[misc]
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             if result.get("last"):
-                return str(TrialScheduler.CONTINUE)
+                return str(schedulers.TrialScheduler.CONTINUE)
             return str(super().on_trial_result(tune_controller, trial, result))
 
     loop = plan["job"]["loop"]
     unit, length = next(
         (u, loop[k]) for u, k in (("step", "steps"), ("epoch", "epochs"), ("images", "images")) if loop[k]
     )
+    if plan["scheduler"] == "asha":
+        return UntilTheLast(
+            time_attr=unit,
+            max_t=length,
+            grace_period=plan["grace"] * length,
+            reduction_factor=plan["reduction"],
+        )
+    space = SearchSpace(settings=plan["space"])
     return UntilTheLast(
         time_attr=unit,
-        max_t=length,
-        grace_period=plan["grace"] * length,
-        reduction_factor=plan["reduction"],
+        perturbation_interval=plan["grace"] * length,
+        hyperparam_mutations=population.mutations(space, _domains(plan)),
+        quantile_fraction=population.QUANTILE,
+        custom_explore_fn=space.within,
+        log_config=False,
     )
+
+
+def _spending(plan: Mapping[str, Any], workspace: Workspace, name: str) -> Spending:
+    # not in the search's own folder: a restored Tune puts back every file that it found there
+    uri = f"{workspace.storage}/spending/{name}"
+    return Spending.of(uri, Budget(**plan["budget"]), config.from_dict(TrainJob, plan["job"]))
+
+
+def _copies(plan: Mapping[str, Any], workspace: Workspace) -> int | None:
+    if plan["scheduler"] != "pbt":
+        return None  # Tune is given no checkpoints
+    return population.kept_checkpoints(
+        config.from_dict(TrainJob, plan["job"]), plan["grace"], workspace.cache
+    )
+
+
+def _sweep(store: Store) -> None:
+    """Delete the copies of checkpoints that a population exchanged; each run has its own."""
+    for entry in list(store.list()):
+        if "/checkpoint_" in entry.key:
+            store.delete(entry.key)
 
 
 def _trial_id(trial: Any) -> str:
@@ -432,7 +508,8 @@ def _runs(workspace: Workspace, task: str, parent: str) -> dict[str, dict[str, A
 def _trial(result: Any, metric: str, runs: Mapping[str, Mapping[str, Any]]) -> Trial:
     last = result.metrics or {}
     trial_id = str(last.get("trial_id") or Path(result.path).name)
-    run = next((run for name, run in runs.items() if name.endswith(f"-{trial_id}")), None)
+    name = last.get("run") or next((name for name in runs if name.endswith(f"-{trial_id}")), "")
+    run = runs.get(name)
     value = last.get(metric)
     finished = run is not None and run["status"] == "FINISHED"
     return Trial(
@@ -444,6 +521,7 @@ def _trial(result: Any, metric: str, runs: Mapping[str, Mapping[str, Any]]) -> T
         run_id=run["run_id"] if run else "",
         seconds=float(last.get("time_total_s", 0.0)),
         error=_reason(result.error),
+        run=name,
     )
 
 

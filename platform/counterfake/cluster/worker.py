@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from counterfake import checkpoint, dist, loop
+from counterfake import boxes, checkpoint, dist, loop, memory
 from counterfake.bundle import Kind, write_nets
 from counterfake.config import from_dict, to_dict
 from counterfake.data import Batch, DataConfig, Loader
@@ -78,7 +78,7 @@ class Host(Protocol):
 def work(order: Order, host: Host) -> dict[str, Any]:
     """Train to the end of the job, from the newest checkpoint if there is one -> the figures of the whole run."""
     job = order.job
-    _set_threads(job)
+    _set_process(job)
     device = dist.device()
     loader = Loader(job.data, rank=dist.rank(), world=dist.world_size(), cache=order.workspace.cache)
     learner, summary = _begin(order, host, loader, device)
@@ -136,6 +136,8 @@ class _Reporter:
         """Measure, decide whether to stop, log, store -> why the run ends here, the same on every rank."""
         if isinstance(self.learner, Recoverable):
             self.learner.check()
+        if tick.due_checkpoint:
+            loop.check_finite(self.learner.state_dict(), tick.step)
         if tick.due_checkpoint and self.order.job.validation and dist.is_main():
             found = self.learner.validate(self._held_out(self.order.job.validation))
             tick = dataclasses.replace(
@@ -198,8 +200,10 @@ class _Reporter:
         if "stopped" in self.summary:
             run.tags({"stopped": self.summary["stopped"]})
         if tick.due_preview:
+            paints = self.order.job.learner.paints
+            mark: dict[str, Any] = {"maker": self.order.name, "source_type": paints} if paints else {}
             for name, picture in self.learner.preview(self._fixed_batch()).items():
-                run.picture(name, picture, step=tick.step)
+                run.picture(name, picture, step=tick.step, **mark)
 
     def _meta(self, tick: loop.Tick) -> dict[str, Any]:
         order = self.order
@@ -258,10 +262,11 @@ def _check_shared(order: Order) -> None:
             ) from error
 
 
-def _set_threads(job: loop.TrainJob) -> None:
+def _set_process(job: loop.TrainJob) -> None:
     threads = job.loop.threads or (max(1, int(job.cpus_per_worker)) if job.workers else os.cpu_count() or 1)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(job.loop.matmul)
+    memory.keep()
 
 
 def _context(job: loop.TrainJob, loader: Loader) -> LearnerContext:
@@ -336,6 +341,12 @@ def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
     }
     if job.purpose:  # research data went in: neither the model nor its pictures may leave
         provenance |= {"purpose": job.purpose, "export": False}
+    preprocess, warning = job.data.preprocess, ""
+    if preprocess.needs_face:
+        found = boxes.of(loader.dataset, loader.version, job.data.split)
+        preprocess, warning = boxes.recorded(preprocess, found)
+    if warning:
+        provenance["warnings"] = [warning]
     with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
         folder = Path(temporary) / "bundle"
         write_nets(
@@ -343,7 +354,7 @@ def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
             kind=BUNDLE_KINDS[job.task],
             name=job.name,
             nets=learner.export(),
-            preprocess=job.data.preprocess,
+            preprocess=preprocess,
             provenance=provenance,
         )
         open_store(f"{order.workspace.training}/{order.name}").publish(folder, "bundle", last="bundle.json")

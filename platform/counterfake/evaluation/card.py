@@ -24,6 +24,7 @@ METRICS = {
 USES = {
     "detector": "Estimates how likely a picture was generated or manipulated. Input to an ensemble and to human review.",
     "benford": "Estimates from DCT first digits how likely a picture was generated. Input to an ensemble and to human review.",
+    "error_level": "Estimates from what JPEG takes block by block how likely a picture was edited. Input to an ensemble and to human review.",
     "ensemble": "Answers real, fake or uncertain with a stated error rate for each of the two accusations.",
     "generator": "Makes synthetic pictures to train and test detectors. Everything it makes is marked as synthetic.",
     "faceswap": "Makes face swaps to train and test detectors. Everything it makes is marked as synthetic.",

@@ -21,6 +21,7 @@ from counterfake.errors import DataError
 Floats = NDArray[np.float64]
 CURVE = ("auc", "average_precision", "eer", "tpr_at_fpr_1pct", "tpr_at_fpr_0_1pct")
 METRICS = (*CURVE, "accuracy", "recall_real", "recall_fake", "ece", "brier")
+WORDS = ("real", "fake", "uncertain", "out_of_domain")  # verdicts
 Strategy = Literal["mean_logit", "confident"]
 CLIP = 1e-4  # a forest says exactly 0 or 1; one such frame must not outvote a whole video
 BINS = 15  # of the expected calibration error
@@ -188,6 +189,21 @@ def confusion(fake: ArrayLike, probability: ArrayLike, threshold: float = 0.5) -
     """[[real called real, real called fake], [fake called real, fake called fake]]."""
     y, p = _checked(fake, probability)
     return np.bincount(2 * y.astype(int) + (p >= threshold), minlength=4).reshape(2, 2).tolist()
+
+
+def verdicts(words: Sequence[str], fake: ArrayLike) -> dict[str, dict[str, Any]]:
+    """{"real", "fake"}: of each class the share of every verdict, its rows `n`, and `lost`: the share whose true label the
+    conformal set excluded. words (N,) in WORDS. Row real: `fake` = falsely accused; row fake: `real` = missed."""
+    found, y = np.asarray(words, dtype=str), np.asarray(fake)
+    if len(found) != len(y) or not set(found.tolist()) <= set(WORDS):
+        raise DataError(f"{len(y)} labels need as many verdicts of {', '.join(WORDS)}, got {len(found)}")
+    table: dict[str, dict[str, Any]] = {}
+    for label, name in ((0, "real"), (1, "fake")):
+        inside = found[y == label]
+        shares = {word: float(np.mean(inside == word)) if len(inside) else 0.0 for word in WORDS}
+        lost = 1 - shares[name] - shares["uncertain"] if len(inside) else 0.0
+        table[name] = {**shares, "n": len(inside), "lost": lost}
+    return table
 
 
 # -- private --------------------------------------------------------------------------------------------------------

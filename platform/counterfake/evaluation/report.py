@@ -357,12 +357,10 @@ def metric_rows(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> list
 
 
 def group_rows(members: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """[name, n, AUC, recall real, recall fake] of one table of `groups`; a dash where a figure is not defined."""
+    """[name, n, AUC, recall real, recall fake] of one table of `groups`, each figure with its 95 % interval; a dash where it is
+    not defined."""
     keys = ("auc", "recall_real", "recall_fake")
-    return [
-        [name, str(row["n"]), *(_cell((row.get(key) or {}).get("value")) for key in keys)]
-        for name, row in members.items()
-    ]
+    return [[name, str(row["n"]), *(_ranged(row.get(key)) for key in keys)] for name, row in members.items()]
 
 
 def data_uri(data: bytes) -> str:
@@ -477,6 +475,16 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _ranged(metric: Mapping[str, Any] | None) -> str:
+    """ "0.912 (0.880 to 0.940)", the value alone without resamples, or a dash."""
+    if not metric or metric.get("value") is None:
+        return _cell(None)
+    low, high = metric.get("low"), metric.get("high")
+    return _cell(metric["value"]) + (
+        "" if low is None or high is None else f" ({_cell(low)} to {_cell(high)})"
+    )
 
 
 def _align(right: bool) -> str:

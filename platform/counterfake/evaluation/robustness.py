@@ -1,14 +1,14 @@
 """The robustness grid: what is left of a detector's figures after what sharing, storing and filming do to pictures.
 
 A cell is one kind of damage at one strength, done to the whole decoded picture before anything is cut out of it: by the
-functions of images.py that make training pictures worse, and for video by libx264 itself. The same picture with the same
-seed gives the same bytes, in any order. Who scores the damaged pictures is scoring.py.
+functions of images.py that `data.degradation` makes training pictures worse with (the faster ones that
+learners/augmentation.py has for a batch on a GPU are not these), and for video by libx264 itself. The same picture with the
+same seed gives the same bytes, in any order. Who scores the damaged pictures is scoring.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from counterfake import video
 from counterfake.errors import ConfigError, DataError
-from counterfake.images import Pixels, blur, noise, recompress, rescale, share_chain
+from counterfake.images import Pixels, blur, generator, noise, recompress, rescale, share_chain
 
 Kind = Literal["clean", "jpeg", "resize", "blur", "noise", "h264", "share"]
 FORMAT = 1  # of kept cells; raised when a cell does something else to pictures
@@ -49,7 +49,7 @@ class Cell:
         if self.kind == "blur":
             return blur(pixels, self.strength)
         if self.kind == "noise":
-            return noise(pixels, self.strength, _rng(seed))
+            return noise(pixels, self.strength, generator(*seed))
         if self.kind == "h264":
             return through_h264(pixels, round(self.strength))
         return share_chain(pixels) if self.kind == "share" else pixels
@@ -109,11 +109,6 @@ def summary(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 # -- private --------------------------------------------------------------------------------------------------------
-
-
-def _rng(seed: tuple[int, str]) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed[0]}/{seed[1]}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def _drop(clean: float | None, value: float | None) -> float | None:

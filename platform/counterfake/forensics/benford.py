@@ -69,6 +69,15 @@ class BenfordConfig:
                 f"benford needs qualities in 1..100 and bases from 4 up, got {self.qualities} and {self.bases}"
             )
 
+    @property
+    def family(self) -> str:
+        """The kind of its bundles."""
+        return "benford"
+
+    def features_of(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Features (N, F) of pictures of any sizes."""
+        return features_of(pictures, self)
+
     def names(self) -> list[str]:
         """The name of every feature, in the order of `features`."""
         nine = range(1, 10)
@@ -107,6 +116,12 @@ def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).astype(np.uint8)
 
 
+def middle(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W, …) -> its middle, at most `side` pixels a side, cut on JPEG's grid of 8."""
+    top, left = (max(0, (n - side) // 2) // 8 * 8 for n in picture.shape[:2])
+    return picture[top : top + side, left : left + side]
+
+
 def quantisation_table(quality: int) -> NDArray[np.int64]:
     """The standard luma table (8, 8) at a JPEG quality, scaled as libjpeg does."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
@@ -139,7 +154,7 @@ def fit(histograms: Floats, base: int) -> tuple[Floats, Floats, NDArray[np.bool_
 
 def _magnitudes(picture: NDArray[np.uint8], config: BenfordConfig) -> NDArray[np.float32]:
     """How often each |quantised coefficient| occurs: (Q, 9, LARGEST + 1)."""
-    plane = _middle(luma(picture), config.max_side)
+    plane = middle(luma(picture), config.max_side)
     if min(plane.shape) < config.min_side:
         size = f"{plane.shape[1]}x{plane.shape[0]}"
         raise DataError(
@@ -154,11 +169,6 @@ def _magnitudes(picture: NDArray[np.uint8], config: BenfordConfig) -> NDArray[np
         levels = np.minimum((values / steps + 0.5).astype(np.int64), LARGEST)
         counts[i] = np.bincount((levels + lane).ravel(), minlength=counts[i].size).reshape(counts[i].shape)
     return counts
-
-
-def _middle(plane: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    top, left = (max(0, (n - side) // 2) // 8 * 8 for n in plane.shape)
-    return plane[top : top + side, left : left + side]
 
 
 def _coefficients(plane: NDArray[np.uint8], positions: tuple[int, ...]) -> NDArray[np.float32]:

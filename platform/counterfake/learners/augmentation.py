@@ -2,7 +2,9 @@
 
 Everything draws from torch's default generator, which the loop seeds by (seed, step, rank); nothing synchronises.
 JPEG is done here as its lossy part only (8×8 DCT, quantisation with the standard tables, 4:4:4): the entropy coding
-changes no pixel, so a batch of 256 costs one matrix product per colour plane instead of 256 encoder calls.
+changes no pixel, so a batch of 256 costs one matrix product per colour plane instead of 256 encoder calls. That speed is
+what these are kept for beside images.degrade, which is the robustness grid's own damage (4:2:0, resize, share chain, any
+sigma) and runs in the loader's threads where data.degradation asks for it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ _LUMA = (
     "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
     "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"
 )
+MOST_SIGMA = 2.0  # that a kernel of 9 holds
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 _TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
@@ -52,6 +55,11 @@ class AugmentationConfig:
             raise ConfigError(f"flip, geometry and probability must lie in [0, 1], got {shares}")
         if self.jitter < 0:
             raise ConfigError(f"jitter must be at least 0 pixels, got {self.jitter}")
+        if self.blur and self.blur[1] > MOST_SIGMA:
+            raise ConfigError(
+                f"augmentation.blur reaches sigma {MOST_SIGMA:g}, got {self.blur[1]:g}; "
+                "data.degradation.blur blurs more"
+            )
 
     @classmethod
     def off(cls) -> AugmentationConfig:

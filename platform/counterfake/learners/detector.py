@@ -2,8 +2,9 @@
 
 What makes small detectors hold up outside their training set is here as settings: augmentation on the device, pseudo-fakes
 blended from real pictures, a new head before the whole net (`freeze_images`), a low rate for pre-trained features, averaged
-weights, a flat minimum (`sam_rho`), and keeping the weights of the best validation AUC instead of the last ones: early stopping
-as far as the result goes. Schedules count images, so they do not change with the batch size.
+weights, a flat minimum (`sam_rho`), and keeping the weights of the best validation AUC (or of the best AUC of the worst maker's
+fakes) instead of the last ones: early stopping as far as the result goes. Schedules count images, so they do not change with
+the batch size.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from counterfake.nets.mobilenetv2 import MobileNetV2Config
 if TYPE_CHECKING:
     from counterfake.data import Batch
 
+MOST_MAKERS = 32  # whose own AUC is reported; the worst one always is
 CLASS_CHECK_IMAGES = 512  # after so many pictures of one class only, training on them is refused
 
 
@@ -57,6 +59,7 @@ class DetectorConfig(LearnerConfig):
     warmup_images: int = 0  # linear from 0
     final_lr_factor: float = 0.01  # lr at the end / lr
     freeze_images: int = 0  # train only the head on so many images first; the features keep their statistics
+    select: Literal["auc", "worst_auc"] = "auc"  # validation figure whose best weights are kept and exported
     label_smoothing: float = 0.0  # targets s/2 and 1 - s/2
     balance: bool = True  # both classes weigh the same, whatever their share
     clip_norm: float = 5.0  # largest gradient norm; 0 = no clipping
@@ -73,6 +76,11 @@ class DetectorConfig(LearnerConfig):
                 f"label_smoothing must be in [0, 1), lr > 0 and sam_rho >= 0, got {self.label_smoothing}, {self.lr}, "
                 f"{self.sam_rho}"
             )
+
+    @property
+    def kept_metric(self) -> str:
+        """The metric of a tick that says how good the kept weights are, and so what a search has to compare."""
+        return f"val_best_{self.select}"
 
     def build(self, *, device: torch.device, context: LearnerContext) -> DetectorLearner:
         if context.channels != 3:
@@ -95,7 +103,7 @@ class DetectorLearner:
         self.optimizer = _optimizer(_groups(features, head, config), config)
         self.steps = self.images = 0
         self.best: dict[str, Tensor] = {}  # weights of the best validation so far
-        self.best_auc = -1.0
+        self.best_figure = -1.0  # its config.select
         self._seen = torch.zeros(2, device=device)  # pictures of each class, of this rank; not stored
         self._seen_since = 0  # images before the first of them
         self._checked = False
@@ -127,21 +135,25 @@ class DetectorLearner:
         }
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss, AUC and accuracy over all rows; keeps a copy of the weights when the AUC is the best so far."""
+        """Loss, AUC and accuracy over all rows, AUC of each maker's fakes and the worst of these; keeps a copy of the weights
+        when `config.select` is the best so far."""
         net = self._inference_net()
-        logits, fake = [], []
+        logits, fake, makers = [], [], []
+        names: tuple[str, ...] = ()
         with torch.inference_mode():
             for batch in batches:
                 batch = batch.to(self.device)
                 logits.append(net(images.to_float(batch.images)).float().cpu())
                 fake.append(batch.fake.cpu())
+                makers.append(batch.maker.cpu())
+                names = batch.makers
         if not logits:
             raise DataError("validation has no pictures; set validation.split to one that has rows")
-        metrics = _figures(torch.cat(logits), torch.cat(fake))
-        if metrics["auc"] > self.best_auc:
-            self.best_auc = metrics["auc"]
+        metrics = _figures(torch.cat(logits), torch.cat(fake), torch.cat(makers), names)
+        if metrics[self.config.select] > self.best_figure:
+            self.best_figure = metrics[self.config.select]
             self.best = {name: value.detach().clone() for name, value in net.state_dict().items()}
-        return {**metrics, "best_auc": self.best_auc}
+        return {**metrics, f"best_{self.config.select}": self.best_figure}
 
     def preview(self, batch: Batch) -> dict[str, NDArray[np.uint8]]:
         """The batch's first pictures with label and predicted probability: green frame = right, red = wrong."""
@@ -164,18 +176,22 @@ class DetectorLearner:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
             "best": self.best,
-            "best_auc": self.best_auc,
+            "best_figure": self.best_figure,
             "steps": self.steps,
             "images": self.images,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
+        settings = [(g["peak_lr"], g["weight_decay"]) for g in self.optimizer.param_groups]
         load_optimizer(self.optimizer, state["optimizer"])
+        for group, (rate, decay) in zip(self.optimizer.param_groups, settings, strict=True):
+            # a trial that goes on from another's state has settings of its own
+            group.update(peak_lr=rate, weight_decay=decay)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
-        self.best_auc, self.steps, self.images = state["best_auc"], state["steps"], state["images"]
+        self.best_figure, self.steps, self.images = state["best_figure"], state["steps"], state["images"]
         self._seen_since = self.images  # the classes are counted anew
 
     # -- private ----------------------------------------------------------------------------------------------------
@@ -266,18 +282,32 @@ def _loss(logits: Tensor, fake: Tensor, smoothing: float, balance: bool) -> Tens
     return (losses * weight).sum() / weight.sum().clamp(min=1e-8)
 
 
-def _figures(logits: Tensor, fake: Tensor) -> dict[str, float]:
+def _figures(logits: Tensor, fake: Tensor, makers: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    """Of N rows; makers (N,) indexes `names`, -1 = unknown. Rows without a label do not count."""
     known = fake >= 0
-    logits, fake = logits[known], fake[known]
+    logits, fake, makers = logits[known], fake[known], makers[known]
     loss = F.binary_cross_entropy_with_logits(logits, fake.float())
     accuracy = ((logits > 0) == (fake > 0)).double().mean()
-    fpr, tpr, _ = detection.roc(fake.numpy(), logits.numpy())
-    return {
+    overall = _auc(logits, fake)  # first: it refuses a missing class
+    of_makers = {
+        names[code] if 0 <= code < len(names) else "unknown": _auc(logits[rows], fake[rows])
+        for code in sorted(set(makers[fake == 1].tolist()))
+        for rows in [(fake == 0) | (makers == code)]
+    }
+    figures = {
         "loss": float(loss),
-        "auc": float(np.trapezoid(tpr, fpr)),
+        "auc": overall,
+        "worst_auc": min(of_makers.values()),
         "accuracy": float(accuracy),
         "images": float(len(fake)),
     }
+    shown = of_makers if 1 < len(of_makers) <= MOST_MAKERS else {}
+    return figures | {f"auc.{name}": value for name, value in shown.items()}
+
+
+def _auc(logits: Tensor, fake: Tensor) -> float:
+    fpr, tpr, _ = detection.roc(fake.numpy(), logits.numpy())
+    return float(np.trapezoid(tpr, fpr))
 
 
 def _parts(net: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from counterfake.errors import CheckpointError
@@ -172,6 +170,9 @@ def load_weights(
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a state dict file, .safetensors or PyTorch's. Raises CheckpointError for anything else."""
+    import safetensors.torch  # here: networks are built where there is only torch, too
+    from safetensors import SafetensorError
+
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
