@@ -141,13 +141,13 @@ def test_several_processes_may_meet_a_fresh_database(tmp_path: Path) -> None:
     assert len(Tracker(uri).find("gan", {"mlflow.runName": "race"})) == 3
 
 
-def test_an_unreachable_server_is_one_line_within_ten_seconds(free_port: int) -> None:
+def test_an_unreachable_server_is_one_line_soon(free_port: int) -> None:
     started = time.monotonic()
     with pytest.raises(
         TrackingError, match=rf"127.0.0.1:{free_port} does not answer.*mlflow server"
     ) as caught:
         Tracker(f"http://127.0.0.1:{free_port}").start("gan", "x")
-    assert time.monotonic() - started < 30  # 3 s; MLflow's own retries take minutes
+    assert time.monotonic() - started < 30  # three seconds: MLflow's own retries are cut off
     assert "\n" not in str(caught.value)
 
 

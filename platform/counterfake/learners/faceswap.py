@@ -224,8 +224,8 @@ class FaceSwapLearner:
         return self.lr_factor
 
     def preview(self, batch: Batch) -> dict[str, NDArray[np.uint8]]:
-        """A row per face. swaps: the face, then as each identity (at most eight); reconstructions: the face, then as itself;
-        masks: of each identity, for a design that has them."""
+        """swaps: a row per face, the face and then it as each identity (at most eight); masks: the same of each identity, for a
+        design that has them; reconstructions: the faces in one row, below each what the model makes of it as itself."""
         rows = _spread(batch, PREVIEW_FACES)
         faces, own = batch.images[rows].to(self.device), batch.identity[rows].to(self.device)
         reads = (centre(faces.float() / 255, self.net_config.size, self.net_config.coverage) * 255).round()
@@ -233,12 +233,13 @@ class FaceSwapLearner:
         made = [self._as(faces, torch.full_like(own, who), own) for who in people]
         found = {
             "swaps": [reads.to(torch.uint8), *(face for face, _ in made)],
-            "reconstructions": [reads.to(torch.uint8), self._as(faces, own, own)[0]],
             "masks": [
                 (mask * 255).to(torch.uint8).expand(-1, 3, -1, -1) for _, mask in made if mask is not None
             ],
         }
-        return {name: _table(columns) for name, columns in found.items() if columns}
+        itself = torch.cat([reads.to(torch.uint8), self._as(faces, own, own)[0]])
+        tables = {name: _table(columns) for name, columns in found.items() if columns}
+        return {**tables, "reconstructions": images.grid(itself, columns=len(rows))}
 
     def export(self) -> dict[str, tuple[NetConfig, dict[str, Tensor]]]:
         return {"faceswap": (self.net_config, self.net.state_dict())}
