@@ -7,7 +7,8 @@ training jobs, each nested below that, in theirs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +34,20 @@ class Study:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self._file, json.dumps(result, indent=1).encode())
         return result
+
+
+def spread(runs: Sequence[Mapping[str, Any]], figures: Sequence[str], what: str) -> list[dict[str, Any]]:
+    """For each figure over at least two runs: mean, standard deviation (n - 1), lowest, highest, and under `what` how many."""
+    lines = []
+    for name in figures:
+        values = [float(run[name]) for run in runs]
+        lines.append(
+            {
+                "figure": name, "mean": round(statistics.fmean(values), 4), "sd": round(statistics.stdev(values), 4),
+                "min": round(min(values), 4), "max": round(max(values), 4), what: len(values),
+            }
+        )  # fmt: skip
+    return lines
 
 
 @contextmanager

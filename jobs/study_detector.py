@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from counterfake.loop import TrainJob
 from counterfake.workspace import Workspace
 from jobs import train_detector
 from jobs.console import Console
+from jobs.studies import spread
 
 FIGURES = ("auc", "average_precision", "eer", "accuracy", "recall_real", "recall_fake", "ece", "brier")
 
@@ -53,7 +53,7 @@ def run(job: SeedStudyJob, workspace: Workspace, *, console: Console | None = No
         trained = train_detector.run(seeded(job.base, seed), workspace, console=console)
         figures = _judged(job, trained["bundle"], workspace)
         runs.append({"seed": seed, "name": trained["name"], "bundle": trained["bundle"], **figures})
-    lines = table(runs)
+    lines = spread(runs, FIGURES, "seeds")
     if not console.as_json:
         console.table(
             f"{job.base.name} on {job.split}", list(lines[0]), [list(line.values()) for line in lines]
@@ -70,20 +70,6 @@ def seeded(base: TrainJob, seed: int) -> TrainJob:
         data=dataclasses.replace(base.data, seed=seed),
         register_as="",
     )
-
-
-def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each figure: mean over the seeds, standard deviation (n - 1), lowest and highest."""
-    lines = []
-    for name in FIGURES:
-        values = [float(run[name]) for run in runs]
-        lines.append(
-            {
-                "figure": name, "mean": round(statistics.fmean(values), 4), "sd": round(statistics.stdev(values), 4),
-                "min": round(min(values), 4), "max": round(max(values), 4), "seeds": len(values),
-            }
-        )  # fmt: skip
-    return lines
 
 
 PRESETS: dict[str, Callable[[], SeedStudyJob]] = {

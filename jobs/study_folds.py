@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from counterfake.workspace import Workspace
 from jobs import train_benford, train_detector
 from jobs.console import Console
 from jobs.evaluate import figures_section, key_figures, publish
+from jobs.studies import spread
 from jobs.train_benford import BenfordJob
 from jobs.training import both_classes, train
 
@@ -106,7 +106,7 @@ def run(job: FoldStudyJob, workspace: Workspace, *, console: Console | None = No
         plots = report.detection_plots(rows.fake, study.mixed(rows), evaluation)
         publish(log, study.folder, evaluation, plots, _page(job, evaluation, plots), "cross-validation")
         _keep_scores(study, rows)
-    lines = table(figures)
+    lines = spread(figures, FIGURES, "folds")
     if not console.as_json:
         console.table(
             f"{job.base.name}, {job.folds} folds", list(lines[0]), [list(line.values()) for line in lines]
@@ -139,20 +139,6 @@ def of_fold(job: FoldStudyJob, data: DataConfig, dealt: Folds, fold: int) -> Tra
     inner = part(base.validation or base.data, "validation")
     trained = part(base.data, "train")
     return dataclasses.replace(base, name=name, data=trained, validation=inner, register_as="")
-
-
-def table(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each figure: mean over the folds, standard deviation (n - 1), lowest and highest."""
-    lines = []
-    for name in FIGURES:
-        values = [float(fold[name]) for fold in figures]
-        lines.append(
-            {
-                "figure": name, "mean": round(statistics.fmean(values), 4), "sd": round(statistics.stdev(values), 4),
-                "min": round(min(values), 4), "max": round(max(values), 4), "folds": len(values),
-            }
-        )  # fmt: skip
-    return lines
 
 
 def _preset(make: Callable[[], TrainJob | BenfordJob]) -> FoldStudyJob:
@@ -256,7 +242,9 @@ def _judge(
     found = rows.evaluate(
         study.mixed(rows), threshold=job.threshold, bootstraps=job.bootstraps, seed=job.deal_seed
     )
-    per_fold = {line["figure"]: {"mean": line["mean"], "sd": line["sd"]} for line in table(figures)}
+    per_fold = {
+        line["figure"]: {"mean": line["mean"], "sd": line["sd"]} for line in spread(figures, FIGURES, "folds")
+    }
     return {
         **found, "split": "out of fold", "folds": list(figures), "per_fold": per_fold, "dealt": dealt.rows,
         "rows": dealt.uri, "others": list(job.others),

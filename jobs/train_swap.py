@@ -9,7 +9,8 @@
 
 The faces need `face_box` and `identity`; points of eyes and mouth are used where they are known. Without data.where.identity
 the `learner.people` best pictured people of the split are taken. Sources need the consent of the people shown; see consent.py.
-Expected: the preview `swaps` shows each face (first column) as every person, in the same pose; swap-two-encoders fails at it.
+Expected: the preview `swaps` shows each face (first column) as every person, in the same pose; swap-two-encoders fails at it,
+and swap-unet gives the source back (EXPERIMENTS 2026-11-28).
 A run that turns NaN, grey, or loses one person goes back to its last checkpoint at half the learning rate and says so.
 """
 

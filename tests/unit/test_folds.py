@@ -26,7 +26,7 @@ from counterfake.samples import Sample
 from counterfake.tracking import Tracker
 from counterfake.workspace import Workspace
 from jobs import study_folds, train_benford, train_detector
-from jobs.study_folds import FoldStudyJob, of_fold, table
+from jobs.study_folds import FoldStudyJob, of_fold
 
 SOURCES = {"s": {"licence": "MIT", "consent": "none"}}
 
@@ -203,11 +203,6 @@ def test_the_jobs_of_a_fold_differ_in_rows_only(workspace: Workspace) -> None:
         for part in ("data", "validation"):
             tree[part].pop("where")
     assert trees[0] == trees[1]
-
-
-def test_the_table_has_mean_and_standard_deviation_over_folds() -> None:
-    line = table([dict.fromkeys(study_folds.FIGURES, value) for value in (0.7, 0.8, 0.9)])[0]
-    assert (line["mean"], line["sd"], line["folds"]) == (0.8, 0.1, 3)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from counterfake.records import write_version
 from counterfake.samples import Sample
 from counterfake.workspace import Workspace
 from jobs import study_detector, train_detector
-from jobs.study_detector import FIGURES, SeedStudyJob, seeded, table
+from jobs.studies import spread
+from jobs.study_detector import FIGURES, SeedStudyJob, seeded
 
 
 def test_a_seed_changes_weights_and_order_and_nothing_else() -> None:
@@ -29,7 +30,7 @@ def test_a_seed_changes_weights_and_order_and_nothing_else() -> None:
 
 def test_the_table_has_mean_and_standard_deviation() -> None:
     runs = [dict.fromkeys(FIGURES, value) for value in (0.7, 0.8, 0.9)]
-    line = table(runs)[0]
+    line = spread(runs, FIGURES, "seeds")[0]
     assert (line["mean"], line["sd"], line["min"], line["max"], line["seeds"]) == (0.8, 0.1, 0.7, 0.9, 3)
 
 

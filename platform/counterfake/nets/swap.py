@@ -80,7 +80,8 @@ class SwapUnetConfig(SwapConfig):
     """Skip connections from encoder features of at most `skip_side` pixels a side.
 
     Whatever goes around the bottleneck is the source's own face: finer skips carry its identity to the other person's
-    decoder, which then copies instead of painting. Features of 8×8 and coarser hold pose and light."""
+    decoder, which then copies instead of painting. Features of 8×8 of a face of 64 pixels do so as well: 98 % of the
+    swaps were named as their source (EXPERIMENTS 2026-11-28), against 4 % without them."""
 
     LIMIT: ClassVar[int] = 8
 
