@@ -135,8 +135,9 @@ def swap_two_encoders() -> TrainJob:
 
 
 def swap_two_encoders_small() -> TrainJob:
-    """The naive design at the size of swap-shared-small."""
-    return _small("swap-two-encoders-small", _fast(SwapTwoEncodersConfig(**SMALL)))
+    """The naive design at the size of swap-shared-small. At the others' rate of 2e-3 a decoder was lost (EXPERIMENTS 2026-11-28)."""
+    learner = dataclasses.replace(_fast(SwapTwoEncodersConfig(**SMALL)), lr=5e-4)
+    return _small("swap-two-encoders-small", learner)
 
 
 def swap_shared() -> TrainJob:

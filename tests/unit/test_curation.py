@@ -73,7 +73,7 @@ def faces(tmp_path: Path) -> Dataset:
         (["attributes.sharp=true"], lambda s: s.attributes.get("sharp") is True),
         ({"fake": 0, "identity": ["p0", "p2"]}, lambda s: s.fake == 0 and s.identity in ("p0", "p2")),
     ],
-    ids=str,
+    ids=lambda value: "kept" if callable(value) else str(value),
 )
 def test_derive_keeps_the_rows_asked_for_and_their_splits(
     faces: Dataset, tmp_path: Path, where: Any, keep: Any
