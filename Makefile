@@ -37,7 +37,7 @@ test: setup ## lint, types, layout and every test that can run on this machine
 test-fast: setup ## layout and unit tests only
 	$(UNIT)
 
-promises: setup ## what must hold when things break, at the full figures: kills, races, faults, flips; about 30 minutes
+promises: setup ## what must hold when things break, at the full figures: kills, races, faults, flips; long
 	$(BIN)/python -m pytest --full -m 'full or chaos' -rP --show-capture=stdout
 
 check: setup ## format, lint, types, layout and unit tests: before every commit

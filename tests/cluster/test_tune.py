@@ -221,7 +221,7 @@ print(json.dumps([result.run_id, found, groups, result.cpu_hours]), flush=True)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("crash", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_eight_trials_survive_a_killed_driver_and_a_crash(prepared: Workspace, crash: bool) -> None:
-    """TU-1: all finish, none twice, no placement group leaks. With a crash it holds most of the time (EXPERIMENTS)."""
+    """TU-1: all finish, none twice, no placement group leaks. With a crash the search once ended too early (EXPERIMENTS 2026-11-28)."""
     order = {
         "workspace": config.to_dict(prepared),
         "job": config.to_dict(job("killed", steps=16)),
