@@ -341,6 +341,40 @@ def test_blended_rows_count_as_fakes_and_can_replace_them() -> None:
     assert min(learner._seen.tolist()) > 0
 
 
+def test_composites_need_points_and_count_as_fakes() -> None:
+    learner = make_learner(**{"composites.share": 0.5})
+    with pytest.raises(ConfigError, match=r"data\.landmarks=true"):
+        learner.step(make_batch(0, fakes=0))
+    for step in range(3):
+        dist.seed_step(0, step)
+        batch = make_batch(step, fakes=0)
+        eyes = torch.tensor([[10.0, 12.0], [20.0, 12.0], *[[math.nan] * 2] * 3])
+        metrics = learner.step(replace(batch, landmarks=eyes.expand(len(batch), 5, 2).clone()))
+    assert math.isfinite(float(metrics["loss"]))
+    assert min(learner._seen.tolist()) > 0
+
+
+def test_composites_of_rows_without_faces_are_refused_by_name() -> None:
+    learner = make_learner(**{"composites.share": 0.5})
+    with pytest.raises(DataError, match="ingest with --set faces=cascade"):
+        for step in range(200):
+            batch = make_batch(step)
+            unknown = torch.full((len(batch), 5, 2), math.nan)
+            learner.step(replace(batch, landmarks=unknown))
+
+
+def test_frozen_norms_keep_their_statistics_and_their_weights_still_learn() -> None:
+    for frozen in (True, False):
+        learner = make_learner(frozen_norms=frozen)
+        before = {name: value.clone() for name, value in learner.net.features.state_dict().items()}
+        run(learner, 0, 2)
+        after = learner.net.features.state_dict()
+        same = [torch.equal(before[name], after[name]) for name in before if name.endswith("running_mean")]
+        assert same
+        assert all(same) if frozen else not any(same)
+        assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
 def test_the_schedule_counts_images_up_then_down() -> None:
     config = DetectorConfig(warmup_images=100, final_lr_factor=0.1)
     factors = [schedule(seen, 1100, config) for seen in (0, 49, 100, 600, 1100, 5000)]
