@@ -57,7 +57,7 @@ class DetectorConfig(LearnerConfig):
     lr: float = 1e-3  # of the head, after warm-up
     features_lr_factor: float = 1.0  # learning rate of the features / lr; below 1 for pre-trained ones
     weight_decay: float = 0.01  # decoupled; not on biases and batch norm
-    warmup_images: int = 0  # linear from 0
+    warmup_images: int = 0  # linear from 0; for features that were frozen once more when they thaw
     final_lr_factor: float = 0.01  # lr at the end / lr
     freeze_images: int = 0  # train only the head on so many images first; the features keep their statistics
     frozen_norms: bool = False  # the features' batch norm keeps the statistics it was given, always
@@ -117,7 +117,7 @@ class DetectorLearner:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Raises DataError once CLASS_CHECK_IMAGES pictures held one class only."""
         frozen = self.images < self.config.freeze_images
-        self._set_lr(frozen)
+        self._set_lr()
         pixels, fake = self._with_pseudo_fakes(batch)
         pixels = augment(pixels, self.config.augmentation)
         loss, logits = self._gradients(pixels, fake, frozen)
@@ -237,10 +237,11 @@ class DetectorLearner:
                 maps = self._features(pixels)
             return self._head(maps.mean(dim=(2, 3))).squeeze(1).float()
 
-    def _set_lr(self, frozen: bool) -> None:
+    def _set_lr(self) -> None:
         factor = schedule(self.images, self.context.total_images, self.config)
+        thawed = thawing(self.images, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0 if frozen and group["part"] == "features" else factor * group["peak_lr"]
+            group["lr"] = factor * group["peak_lr"] * (thawed if group["part"] == "features" else 1.0)
 
     def _lr_tensor(self) -> Tensor:
         # on the device, where the tick stacks it with the other metrics
@@ -293,6 +294,17 @@ def schedule(seen: int, total: int, config: DetectorConfig) -> float:
         return (seen + 1) / config.warmup_images
     share = min(1.0, (seen - config.warmup_images) / max(1, total - config.warmup_images))
     return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def thawing(seen: int, config: DetectorConfig) -> float:
+    """Factor on the features' rate: 0 while they are frozen, then a second warm-up.
+
+    Adam's first steps are as long as its rate whatever the gradient: at full rate they undo what the features had learned."""
+    if seen < config.freeze_images:
+        return 0.0
+    if not config.freeze_images or not config.warmup_images:
+        return 1.0
+    return min(1.0, (seen - config.freeze_images + 1) / config.warmup_images)
 
 
 def _loss(logits: Tensor, fake: Tensor, smoothing: float, balance: bool) -> Tensor:
