@@ -315,6 +315,20 @@ def test_eyes_and_mouth_count_as_often_as_they_are_told_to() -> None:
     torch.testing.assert_close(weights, face + 0.02 * (1 - face))
 
 
+def test_the_face_is_the_rows_own_mask_where_it_has_one() -> None:
+    learner = make_learner(**{"losses.mask": 1.0})
+    batch = make_batch()
+    ellipse = learner._where(batch)
+    batch.mask = torch.full((len(batch), 1, *batch.images.shape[2:]), torch.nan)
+    batch.mask[:2] = 0.25
+    maps = learner._where(batch)
+    assert ellipse is not None
+    assert maps is not None
+    assert (maps[:2, 0] == 0.25).all()
+    torch.testing.assert_close(maps[2:, 0], ellipse[2:, 0])
+    torch.testing.assert_close(maps[:, 1:], ellipse[:, 1:])
+
+
 # -- guards ---------------------------------------------------------------------------------------------------------
 
 

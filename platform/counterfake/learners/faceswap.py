@@ -319,14 +319,18 @@ class FaceSwapLearner:
         )
 
     def _where(self, batch: Batch) -> Tensor | None:
-        """(N, 4, S, S) maps of face, eyes and mouth in the crops; None where no loss asks."""
+        """(N, 4, S, S) maps of face, eyes and mouth in the crops; None where no loss asks. The face is exact in the rows
+        that know their mask."""
         if not self.config.losses.needs_points:
             return None
         side = batch.images.shape[-1]
         points = batch.landmarks
         if points is None:
             points = torch.full((len(batch), regions.POINTS, 2), torch.nan, device=batch.images.device)
-        return regions.maps(points, side, self.config.margin)
+        maps = regions.maps(points, side, self.config.margin)
+        if batch.mask is not None:
+            maps[:, :1] = torch.where(batch.mask.isnan(), maps[:, :1], batch.mask)
+        return maps
 
     def _terms(self, lesson: _Lesson, painted: Painted, phase: Phase) -> dict[str, Tensor]:
         """Every term of the loss that counts now, times its weight."""
