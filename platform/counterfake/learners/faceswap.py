@@ -195,6 +195,7 @@ class FaceSwapLearner:
         """One update of the network and, where the phase has an adversary, one of the critic."""
         phase = self._enter_phase()
         lesson = self._lesson(batch, phase)
+        self.net.train()  # a preview may have left it at rest
         with self.context.autocast(self.device):
             painted = _exact(self._parallel(lesson.warped, lesson.identity))
         terms = self._terms(lesson, painted, phase)
@@ -466,7 +467,7 @@ def swap(
 ) -> Tensor:
     """Face crops (N, 3, S, S) uint8 -> the region `coverage` in their middle as `identity` (N,), uint8 (N, 3, s, s).
 
-    source (N,): whose faces the crops show, where that is known; only a design with an encoder per person asks for it."""
+    source (N,): whose faces the crops show, where that is known: a shared code is moved from their place to the target's."""
     return swap_with_mask(net, config, crops, identity, source)[0]
 
 
