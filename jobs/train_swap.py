@@ -10,7 +10,7 @@
 The faces need `face_box` and `identity`; points of eyes and mouth are used where they are known. Without data.where.identity
 the `learner.people` best pictured people of the split are taken. Sources need the consent of the people shown; see consent.py.
 Expected: the preview `swaps` shows each face (first column) as every person, in the same pose; swap-two-encoders fails at it,
-and swap-unet gives the source back (EXPERIMENTS 2026-11-28).
+and swap-unet gives much of the source back (EXPERIMENTS 2026-11-28).
 A run that turns NaN, grey, or loses one person goes back to its last checkpoint at half the learning rate and says so.
 """
 
@@ -112,13 +112,14 @@ def pictures_per_person(data: DataConfig, workspace: Workspace) -> Counter[str]:
 SMALL: dict[str, Any] = {
     "size": 64, "coverage": 0.8, "encoder": (24, 48, 96, 128), "code": 256, "upscaled": 128, "decoder": (64, 32, 16),
 }  # fmt: skip
-# A standard light, because a pale face's code meant nothing to a dark one's decoder; 64 units, because fewer are shared more.
+# A standard light: the code of a pale face meant nothing to the decoder of a dark one. 64 units: 256 were shared less
+# (EXPERIMENTS 2026-11-28).
 LIT: dict[str, Any] = {**SMALL, "normalise": True, "code": 64}
 SMALL_DFL: dict[str, Any] = {
     "size": 64, "coverage": 0.8, "ae_dims": 64, "e_dims": 12, "d_dims": 16, "d_mask_dims": 6,
 }  # fmt: skip
 SMALL_IMAGES = (
-    128_000  # of a NAME-small; 348 (shared) to 72 (against the critic) images per CPU-second in bf16
+    128_000  # of a NAME-small; 220 (shared) to 72 (against the critic) images per CPU-second in bf16
 )
 BENT_THEN_STRAIGHT = Phase(images=80_000), Phase(warp=False)
 # faceswap-GAN v2.2: reconstruction 1, edges .1, eyes 30, adversary .1, mask |α| .01 and its variation .1
@@ -150,7 +151,7 @@ def swap_shared() -> TrainJob:
 
 
 def swap_shared_small() -> TrainJob:
-    """The same design at 64 px with 2 M parameters in the encoder and 0.4 M per person."""
+    """The same design at 64 px in a standard light, with 1.3 M parameters in the encoder and 0.4 M per person: 10 CPU-minutes."""
     return _small("swap-shared-small", _close(SwapConfig(**LIT)), batch_size=16)
 
 
@@ -160,8 +161,8 @@ def swap_unet() -> TrainJob:
 
 
 def swap_unet_small() -> TrainJob:
-    """swap-shared-small with skip connections at 8×8 and 4×4."""
-    return _small("swap-unet-small", _fast(SwapUnetConfig(**SMALL)))
+    """swap-shared-small with a skip connection at 4×4 alone: at 8×8 as well 98 % of the swaps were the source, at 4×4 30 %."""
+    return _small("swap-unet-small", _close(SwapUnetConfig(**LIT, skip_side=4)), batch_size=16)
 
 
 def swap_mask_gan() -> TrainJob:
