@@ -2,6 +2,7 @@
 
 A face swap shows a person doing what they did not do. So a job that trains or makes swaps refuses sources without the
 consent of the people shown. Research data may be used to train detectors; what is made of it says so and may not be exported.
+What a model makes carries the terms of what the model learned from, which its bundle names.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
-from counterfake import labels
-from counterfake.data import DataConfig
+from counterfake.data import DataConfig, used_sources
 from counterfake.errors import DataError
 from counterfake.records import Dataset
-from counterfake.versions import fits
 from counterfake.workspace import Workspace
 
 FREE = ("subjects", "synthetic")  # consents that need no purpose
+LEAST_FIRST = ("none", "research", *FREE)
 PURPOSE = "detector-training"  # what research data may be used for
 TERMS = "made from research data to train detectors; not for export"  # written into files made of it
 
@@ -47,15 +45,7 @@ def require_for(data: DataConfig, purpose: str, workspace: Workspace) -> None:
     version = dataset.version(dataset.pinned)
     if all(_allowed(facts, purpose) for facts in version.sources.values()):
         return  # whatever is chosen: no labels need to be read
-    found = labels.read(dataset, version, data.split, "source")
-    keep = np.ones(len(found.codes), bool)
-    for column, wanted in data.where.items():
-        other = labels.read(dataset, version, data.split, column)
-        keep &= np.array([fits(value, wanted) for value in (*other.values, None)])[other.codes]
-    require(
-        named(version.sources, (found.values[code] for code in np.unique(found.codes[keep]) if code >= 0)),
-        purpose,
-    )
+    require(used_sources(dataset, version, data), purpose)
 
 
 def named(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
@@ -63,10 +53,43 @@ def named(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dic
     return {name: sources[name] for name in names}
 
 
+def learned(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Terms of what a model makes from noise: all licences it learned from, and the least consent among them.
+
+    model: the facts of its bundle. One that does not name its sources has consent none."""
+    licences = _licences(model)
+    told = f"trained on {', '.join(licences)}" if licences else "what it was trained on is not recorded"
+    facts = {"licence": f"model output; {told}", "consent": _least(_consents(model) or ["none"])}
+    return {**facts, "export": False} if model.get("export") is False else facts
+
+
 def marked(facts: Mapping[str, Any], *, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of a source of swaps: not for export if the pictures, or what the model learned from, are research data."""
-    bound = facts.get("consent") == "research" or facts.get("export") is False or model.get("export") is False
-    return {**facts, "export": False} if bound else dict(facts)
+    """Terms of swaps in pictures with these facts: the licences of both pictures and model, the least consent."""
+    other = [licence for licence in _licences(model) if licence != facts["licence"]]
+    licence = "; ".join(
+        [facts["licence"], *([f"faces by a model trained on {', '.join(other)}"] if other else [])]
+    )
+    consent = _least([str(facts.get("consent") or "none"), *_consents(model)])
+    both = {**facts, "licence": licence, "consent": consent}
+    return {**both, "export": False} if bound(facts, model=model) else both
+
+
+def bound(facts: Mapping[str, Any], *, model: Mapping[str, Any]) -> bool:
+    """Swaps are not for export: the pictures, or what the model learned from, are research data."""
+    research = "research" in (facts.get("consent"), *_consents(model))
+    return research or facts.get("export") is False or model.get("export") is False
+
+
+def _licences(model: Mapping[str, Any]) -> list[str]:
+    return sorted({str(facts["licence"]) for facts in (model.get("sources") or {}).values()})
+
+
+def _consents(model: Mapping[str, Any]) -> list[str]:
+    return [str(facts.get("consent") or "none") for facts in (model.get("sources") or {}).values()]
+
+
+def _least(consents: Iterable[str]) -> str:
+    return min(consents, key=LEAST_FIRST.index)
 
 
 def _allowed(facts: Mapping[str, Any], purpose: str) -> bool:

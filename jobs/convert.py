@@ -28,6 +28,7 @@ from counterfake import conversion, faces, media, provenance, video
 from counterfake.config import digest, to_dict
 from counterfake.conversion import ConversionConfig, Film, Painter
 from counterfake.errors import ConfigError, CounterfakeError, DataError, MediaError, NotFoundError
+from counterfake.fingerprint import perceptual_hash
 from counterfake.records import Report, Sample, write_version
 from counterfake.samples import Skipped
 from counterfake.sources import Consent
@@ -35,6 +36,7 @@ from counterfake.sources.video import FaceCut, below
 from counterfake.storage import write_atomic
 from counterfake.workspace import Workspace
 from jobs import consent, generate, signing
+from jobs.auditing import audited
 from jobs.console import Console
 
 SUFFIXES: dict[str, Literal["jpeg", "png", "webp"]] = {
@@ -66,6 +68,7 @@ class ConvertJob(ConversionConfig):
     sign: provenance.Signing = dataclasses.field(
         default_factory=provenance.Signing
     )  # C2PA key for every file
+    audit: bool = True  # of a dataset: look for leaks and shortcuts in the version afterwards
 
     def required(self) -> None:
         """Raises ConfigError for what cannot be left out."""
@@ -102,7 +105,18 @@ class _Work:
     def settings(self) -> dict[str, Any]:
         """What decides how a file looks."""
         tree = to_dict(self.job)
-        other = {"input", "into", "model", "into_dataset", "licence", "source", "subject", "rows", "sign"}
+        other = {
+            "input",
+            "into",
+            "model",
+            "into_dataset",
+            "licence",
+            "source",
+            "subject",
+            "rows",
+            "sign",
+            "audit",
+        }
         signed = {"signer": self.model.signer.fingerprint} if self.model.signer else {}
         return {"format": FORMAT, "model": self.model.bundle.digest, "terms": self.terms, **signed} | {
             name: value for name, value in tree.items() if name not in other
@@ -171,7 +185,6 @@ def _prepared(job: ConvertJob, workspace: Workspace, console: Console) -> _Work:
         raise ConfigError(f"{job.model} is a {model.bundle.kind}; swap-video needs a face-swap model")
     info = model.bundle.info
     consent.require(info.get("sources") or {}, job.purpose)
-    bound = consent.marked({"consent": job.consent}, model=info).get("export") is False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     painter = Painter(model.net, model.swap_config, model.preprocess, job.identity, device)
     detector = conversion.find_with(job, model.preprocess)
@@ -181,7 +194,7 @@ def _prepared(job: ConvertJob, workspace: Workspace, console: Console) -> _Work:
         model=model,
         painter=painter,
         detector=detector,
-        terms=consent.TERMS if bound else "",
+        terms=consent.TERMS if consent.bound({"consent": job.consent}, model=info) else "",
         console=console,
     )
 
@@ -332,9 +345,12 @@ def _dataset(work: _Work, made: list[dict[str, Any]], workspace: Workspace) -> d
                 f"no rows for {job.into_dataset}: every cut holds a part of the label; add --set label=false"
             ) from error
         raise
-    uri = f"{workspace.dataset(job.into_dataset)}@{version.number}"
-    work.console.event(f"{report.rows} rows -> {uri}")
-    return {"dataset": uri, "report": report.to_dict()}
+    uri = workspace.dataset(job.into_dataset)
+    result = {"dataset": f"{uri}@{version.number}", "report": report.to_dict()}
+    work.console.event(f"{report.rows} rows -> {result['dataset']}")
+    if job.audit:
+        result["audit"] = audited(uri, version, workspace, work.console)
+    return result
 
 
 def _rows(work: _Work, made: dict[str, Any], source: str, origin: str) -> Iterator[Sample | Skipped]:
@@ -370,7 +386,8 @@ def _rows(work: _Work, made: dict[str, Any], source: str, origin: str) -> Iterat
 def _picture_row(work: _Work, facts: Sample, source: Path, target: Path) -> Sample:
     """Made again without the label, which a detector would learn instead of the face."""
     data = source.read_bytes()
-    made = conversion.convert_picture(work.painter, media.decode(data), work.detector, work.job)
+    pixels = media.decode(data)
+    made = conversion.convert_picture(work.painter, pixels, work.detector, work.job)
     return dataclasses.replace(
         facts,
         id="",
@@ -378,8 +395,14 @@ def _picture_row(work: _Work, facts: Sample, source: Path, target: Path) -> Samp
         face_box=made.faces[0].box,
         face_method=work.detector.method,
         face_margin=1.0,
-        attributes={**facts.attributes, "labelled": False},
+        attributes={**facts.attributes, "labelled": False} | _phash(pixels),
     )
+
+
+def _phash(pixels: media.Pixels) -> dict[str, str]:
+    """That of the original, which the swap must share a split with."""
+    found = perceptual_hash(pixels)
+    return {"phash": found} if found else {}
 
 
 def _marked(work: _Work, row: Sample) -> Sample:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +37,7 @@ from counterfake.faces import Box, FaceDetector
 from counterfake.predictor import EnsemblePredictor
 from counterfake.records import Dataset
 from counterfake.storage import write_atomic
+from counterfake.temporary import temporary_folder
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
 from jobs import evaluate, generate
@@ -294,9 +294,9 @@ def _flicker(job: EvaluateSwapJob, studio: Studio, model: generate.Model) -> dic
         return {}
     detector = conversion.find_with(job.conversion, studio.preprocess)
     followed = conversion.follow(Path(job.video).expanduser(), detector, job.conversion)
-    with tempfile.TemporaryDirectory(prefix="counterfake-flicker-") as folder:
+    with temporary_folder() as folder:
         film = conversion.convert_video(
-            studio.painters[0], followed, Path(folder) / "swap.mp4", job.conversion, maker=model.maker
+            studio.painters[0], followed, folder / "swap.mp4", job.conversion, maker=model.maker
         )
     return {"flicker": film.flicker}
 

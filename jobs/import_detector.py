@@ -13,7 +13,6 @@ it knows one generator at one moment, and stands in the reports for what it is.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from counterfake.nets.gan_discriminator import GanDiscriminatorConfig
 from counterfake.nets.meso import MesoConfig
 from counterfake.registry import Registry
 from counterfake.storage import open_store
+from counterfake.temporary import temporary_folder
 from counterfake.workspace import Workspace
 from jobs.console import Console
 
@@ -168,5 +168,5 @@ def _read(where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if "://" not in where:
         return checkpoint.load(Path(where).expanduser())
     parent, _, name = where.rstrip("/").rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-        return checkpoint.load(open_store(parent).download(name, Path(temporary) / name))
+    with temporary_folder() as temporary:
+        return checkpoint.load(open_store(parent).download(name, temporary / name))

@@ -22,7 +22,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +49,7 @@ from counterfake.sources.synthetic import SyntheticSource
 from counterfake.sources.synthetic_video import SyntheticVideoSource
 from counterfake.sources.video import VideoSource
 from counterfake.storage import open_store, probe
+from counterfake.temporary import temporary_folder
 from counterfake.workspace import Workspace
 from jobs.auditing import audited
 from jobs.console import Console
@@ -284,8 +284,8 @@ class _Ingest:
 
         A single part, which is quickly done again, lies in the scratch folder."""
         if len(self.plan.parts) == 1:
-            with tempfile.TemporaryDirectory(prefix="ingest-", dir=self.scratch) as folder:
-                yield Staging(open_store(Path(folder).as_uri()), "staging", self.scratch)
+            with temporary_folder(self.scratch) as folder:
+                yield Staging(open_store(folder.as_uri()), "staging", self.scratch)
         else:
             staging = Staging(open_store(self.uri), f"staging/{self.plan.digest[:32]}", self.scratch)
             yield staging

@@ -22,9 +22,7 @@ of them and the article's image_at_epoch_0001.png …, all marked as generated; 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from counterfake import media, provenance
@@ -36,6 +34,7 @@ from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
 from counterfake.nets.dense_gan import DenseDiscriminator, DenseGenerator
 from counterfake.nets.sngan import SnganDiscriminator, SnganGenerator
+from counterfake.temporary import temporary_folder
 from counterfake.workspace import Workspace
 from jobs.console import Console
 from jobs.training import train
@@ -81,9 +80,9 @@ def record(job: TrainJob, workspace: Workspace, run_id: str, notes: list[str]) -
         files[name] = encode_gif(
             [pictures[path] for path in gif_frames(previews)], job.name
         )  # the last: it ends this
-        with tempfile.TemporaryDirectory(prefix="counterfake-") as folder:
+        with temporary_folder() as folder:
             for file, data in files.items():
-                path = Path(folder) / file
+                path = folder / file
                 path.write_bytes(data)
                 tracked.file(path, "" if file == name else "epochs")
 

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "platform" / "counterfake"
 
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
-    0: "config errors workspace dist memory storage telemetry",
+    0: "config errors workspace dist memory storage telemetry temporary",
     1: "arrays blending boxes changes fingerprint folds grouping rowlists media video face_masks faces images order parts prepare quality records samples staging versions labels locks sources data curation nets",
     2: "audit learners forensics evaluation ensemble checkpoint loop",
     3: "bundle conversion export extractor runtime predictor scoring verdicts provenance outbox tracking gate registry",
@@ -27,8 +27,8 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.spl
 HOMES = {
     "ray": ("platform/counterfake/cluster", "jobs", "serving"),
     "mlflow": ("platform/counterfake/tracking.py", "platform/counterfake/registry.py"),
-    "boto3": ("platform/counterfake/storage.py",),
-    "botocore": ("platform/counterfake/storage.py",),
+    "boto3": ("platform/counterfake/storage/aws.py",),
+    "botocore": ("platform/counterfake/storage/aws.py",),
     "prometheus_client": ("platform/counterfake/telemetry.py",),
     "av": ("platform/counterfake/video",),
     "PIL": (
@@ -118,6 +118,18 @@ def test_each_library_stays_in_its_home(path: Path) -> None:
             wrong.append(f"{relative}:{line} imports {library}: {FORBIDDEN[library]}")
         if library in HOMES and not relative.startswith(HOMES[library]):
             wrong.append(f"{relative}:{line} imports {library}; its home is {', '.join(HOMES[library])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_storage_is_entered_by_its_door() -> None:
+    inside = LIBRARY / "storage"
+    others = (path for path in sources() if inside not in path.parents)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}; import from counterfake.storage"
+        for path in others
+        for module, line in imports(path)
+        if module.startswith("counterfake.storage.")
+    ]
     assert not wrong, "\n".join(wrong)
 
 

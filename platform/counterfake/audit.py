@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from counterfake import media
 from counterfake.config import canonical_json
 from counterfake.errors import CorruptError, DataError, NotFoundError
 from counterfake.fingerprint import NEAR_BITS, distances, near_pairs
@@ -37,6 +38,7 @@ SCHEMA_VERSION = 1  # of the stored audit
 EXAMPLES = 5  # of each finding
 PROBED = 10_000  # files whose headers the metadata probe reads; rows lie in order of their hash, so any are a sample
 APART = 0.2  # shares of fakes, or face rates, that differ by more are a warning
+MARK = b"DigitalSourceType"  # of IPTC, in the XMP packet of a file that says how it was made
 FEW = 50  # rows; shares of fewer say nothing
 
 _READ = ("id", "fake", "class_id", "maker", "face_box", "face_method", *COLUMNS)
@@ -253,7 +255,7 @@ class _Rows:
             why = (
                 "these are raw pixels"
                 if self.version.kind == "pixels"
-                else "of one colour, or ingested without"
+                else "generated, of one colour, or ingested without"
             )
             text = f"not looked for in {self._unhashed:,} rows without a perceptual hash ({why})"
             yield Finding(level="note", kind="near-copy", text=text)
@@ -373,9 +375,14 @@ def _headers(dataset: Dataset, version: Version) -> tuple[list[metadata.Facts], 
             batch = reader.get_batch(index)[:left]
             left -= batch.num_rows
             known = batch.filter(pc.is_valid(batch["fake"]))
-            files += [metadata.facts(row["bytes"]) for row in known["image"].to_pylist()]
+            files += [metadata.facts(_unmarked(row["bytes"])) for row in known["image"].to_pylist()]
             labels += known["fake"].to_pylist()
             links.add(known)
             if not left:
                 break
     return files, labels, links
+
+
+def _unmarked(data: bytes) -> bytes:
+    """The file without the packet that says how it was made: all that is generated here has one, and no detector sees it."""
+    return media.without_xmp(data) if MARK in (media.read_xmp(data) or b"") else data

@@ -128,6 +128,19 @@ def chosen(dataset: Dataset, version: Version, config: DataConfig) -> tuple[NDAr
     return keep & seen, int((keep & ~seen).sum())
 
 
+def used_sources(dataset: Dataset, version: Version, config: DataConfig) -> dict[str, dict[str, Any]]:
+    """Licence and consent of every source that has a row among those `chosen`, by its name; from labels alone."""
+    known = version.sources
+    if len(known) > 1:
+        found, (keep, _) = (
+            labels.read(dataset, version, config.split, "source"),
+            chosen(dataset, version, config),
+        )
+        names = [found.values[code] for code in np.unique(found.codes[keep]) if code >= 0]
+        known = {name: known[name] for name in names}
+    return {name: dict(facts) for name, facts in known.items()}
+
+
 class Loader:
     """The batches of one rank. Opening reads the manifest and the locks only, and the labels that `where` and `balance` name;
     where the crops need faces, which rows have one: the others are left out and counted."""

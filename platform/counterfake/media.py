@@ -165,6 +165,16 @@ def read_xmp(data: bytes) -> bytes | None:
         return None
 
 
+def without_xmp(data: bytes) -> bytes:
+    """The file as it was before `embed_xmp`; one that is damaged or of another kind as it came."""
+    try:
+        return {"jpeg": _jpeg_without_xmp, "png": _png_without_xmp, "webp": _webp_without_xmp}[sniff(data)](
+            data
+        )
+    except (KeyError, ValueError, IndexError, struct.error):
+        return data
+
+
 # -- private: limits ------------------------------------------------------------------------------------------------
 
 
@@ -370,14 +380,18 @@ def _jpeg_with_xmp(data: bytes, xmp: bytes) -> bytes:
         raise MediaError(
             "too_large", f"an XMP packet of {len(xmp):,} bytes does not fit into one JPEG segment (65,502)"
         )
-    segments = jpeg_segments(data)
-    for marker, start, end in reversed(segments):
-        if marker == 0xE1 and data[start:end].startswith(XMP_JPEG):
-            data = data[: start - 4] + data[end:]
+    data = _jpeg_without_xmp(data)
     lead = [s for s in jpeg_segments(data)[:2] if s[0] == 0xE0 or data[s[1] : s[2]].startswith(b"Exif\0")]
     at = lead[-1][2] if lead else 2
     payload = XMP_JPEG + xmp
     return data[:at] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[at:]
+
+
+def _jpeg_without_xmp(data: bytes) -> bytes:
+    for marker, start, end in reversed(jpeg_segments(data)):
+        if marker == 0xE1 and data[start:end].startswith(XMP_JPEG):
+            data = data[: start - 4] + data[end:]
+    return data
 
 
 def _jpeg_xmp(data: bytes) -> bytes | None:
@@ -400,12 +414,17 @@ def png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
 
 def _png_with_xmp(data: bytes, xmp: bytes) -> bytes:
     """iTXt right after IHDR. XMP specification part 3, 1.1.5."""
-    for name, start, end in reversed(png_chunks(data)):
-        if name == b"iTXt" and data[start:end].startswith(XMP_PNG + b"\0"):
-            data = data[: start - 8] + data[end + 4 :]
+    data = _png_without_xmp(data)
     body = b"iTXt" + XMP_PNG + b"\0\0\0\0\0" + xmp
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return data[:33] + chunk + data[33:]  # 8 signature + 25 IHDR
+
+
+def _png_without_xmp(data: bytes) -> bytes:
+    for name, start, end in reversed(png_chunks(data)):
+        if name == b"iTXt" and data[start:end].startswith(XMP_PNG + b"\0"):
+            data = data[: start - 8] + data[end + 4 :]
+    return data
 
 
 def _png_xmp(data: bytes) -> bytes | None:
@@ -423,8 +442,23 @@ def _webp_with_xmp(data: bytes, xmp: bytes) -> bytes:
     flags = chunks[0][1][0] if chunks[0][0] == b"VP8X" else _webp_alpha_flag(chunks[0])
     rest = chunks[1:] if chunks[0][0] == b"VP8X" else chunks
     sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    everything = [(b"VP8X", bytes([flags | 0x04, 0, 0, 0]) + sides), *rest, (b"XMP ", xmp)]
-    body = b"".join(n + struct.pack("<I", len(c)) + c + b"\0" * (len(c) & 1) for n, c in everything)
+    return _riff([(b"VP8X", bytes([flags | 0x04, 0, 0, 0]) + sides), *rest, (b"XMP ", xmp)])
+
+
+def _webp_without_xmp(data: bytes) -> bytes:
+    """Also without the VP8X that a plain file needed for it."""
+    (first, head), *rest = [
+        (name, data[start:end]) for name, start, end in webp_chunks(data) if name != b"XMP "
+    ]
+    if first != b"VP8X":
+        return data
+    flags = head[0] & ~0x04
+    plain = len(rest) == 1 and flags == _webp_alpha_flag(rest[0])
+    return _riff(rest if plain else [(first, bytes([flags]) + head[1:]), *rest])
+
+
+def _riff(chunks: Sequence[tuple[bytes, bytes]]) -> bytes:
+    body = b"".join(n + struct.pack("<I", len(c)) + c + b"\0" * (len(c) & 1) for n, c in chunks)
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 

@@ -6,6 +6,7 @@ Knows nothing of MLflow; what it carries are functions to call, and points of me
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from counterfake.errors import TrackingError
+from counterfake.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Outbox:
         self._last_error = ""
         self._closed = self._hurry = False
         self._folder: Path | None = None
+        self._held = contextlib.ExitStack()  # the folder
         self._thread: threading.Thread | None = None
 
     def put(self, call: Callable[[], None], what: str, spooled: Path | None = None) -> None:
@@ -82,7 +85,7 @@ class Outbox:
     def spool(self, name: str) -> Path:
         """A path on the local disk: write the file there, then `put` its sending with `spooled`."""
         with self._changed:
-            self._folder = self._folder or Path(tempfile.mkdtemp(prefix="counterfake-outbox-"))
+            self._folder = self._folder or self._held.enter_context(temporary_folder())
             return Path(tempfile.mkdtemp(dir=self._folder)) / name
 
     def flush(self, seconds: float) -> None:
@@ -110,8 +113,7 @@ class Outbox:
             self._closed = True
             self._items.clear()
             self._changed.notify_all()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
 
     def _append(self, item: _Item) -> None:
         if self._closed:

@@ -15,7 +15,6 @@ import itertools
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,6 +29,7 @@ from counterfake.errors import CorruptError, NotFoundError
 from counterfake.prepare import Recipe, prepared
 from counterfake.samples import LABEL_TYPES, Sample, Skipped
 from counterfake.storage import Store, file_sha256, open_store
+from counterfake.temporary import temporary_folder
 
 FORMAT = 2  # of staged parts; raised when older ones would be misread or prepared differently
 FLUSH_BYTES = 16 << 20  # of media in one record batch of a staged part
@@ -95,7 +95,7 @@ def digest(recipe: Recipe, names: Iterable[str], size: int) -> str:
 def scratch(home: Path) -> Path:
     """A folder for media on their way into a version, under a workspace's home: those of a system may be small.
 
-    What a killed process left there goes after LEFT_SECONDS in which nothing was written to it."""
+    What a killed process of another machine left there goes after LEFT_SECONDS in which nothing was written to it."""
     folder = home / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
@@ -121,8 +121,8 @@ class Staging:
 
     def stage(self, part: Part, items: Iterable[Sample | Skipped]) -> Receipt:
         """Store the prepared items of a part. Nobody sees it before its receipt is there."""
-        with tempfile.TemporaryDirectory(prefix="counterfake-part-", dir=self.scratch) as folder:
-            path = Path(folder) / "rows.arrow"
+        with temporary_folder(self.scratch) as folder:
+            path = folder / "rows.arrow"
             tally = _Tally(part)
             with _Writer(path) as writer:
                 for item in items:

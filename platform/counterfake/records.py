@@ -29,6 +29,7 @@ from counterfake.errors import ConfigError, CorruptError, DataError, NotFoundErr
 from counterfake.samples import Report, Sample, Skipped, schema, to_sample
 from counterfake.staging import Known, Plan, Spool
 from counterfake.storage import Store, file_sha256, open_store, probe
+from counterfake.temporary import temporary_folder
 from counterfake.versions import Shard, SplitRule, Version
 
 __all__ = [
@@ -258,8 +259,8 @@ def write_version(
     _check_sources(sources)
     if not dataset.store.is_local:
         probe(dataset.store).require(dataset.store.uri)
-    with tempfile.TemporaryDirectory(prefix="counterfake-", dir=scratch) as folder:
-        spool = Spool(Path(folder), report if report is not None else Report(), sources)
+    with temporary_folder(scratch) as folder:
+        spool = Spool(folder, report if report is not None else Report(), sources)
         spool.collect(samples, progress)
         draft = _Draft(
             dataset, spool, splits or SplitRule(), rows_per_shard, rows_per_batch, dict(writer or {})

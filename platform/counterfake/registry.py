@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from counterfake.bundle import Bundle
 from counterfake.errors import CheckpointError, GateError, NotFoundError, RegistryError, TrackingError
 from counterfake.gate import Gate, figure, usual
 from counterfake.storage import Store, open_store
+from counterfake.temporary import temporary_folder
 from counterfake.tracking import Tracker, connect, errors
 from counterfake.workspace import Workspace
 
@@ -265,9 +265,9 @@ class Registry:
         logged = client.create_logged_model(
             experiment, name=name, source_run_id=run_id or None, model_type=bundle.kind
         )
-        with tempfile.TemporaryDirectory(prefix="counterfake-pyfunc-") as folder:
-            _save_pyfunc(Path(folder) / "model", bundle)
-            client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+        with temporary_folder() as folder:
+            _save_pyfunc(folder / "model", bundle)
+            client.log_model_artifacts(logged.model_id, str(folder / "model"))
         client.finalize_logged_model(logged.model_id, "READY")
         return str(logged.artifact_location), str(logged.model_id)
 
@@ -400,8 +400,8 @@ def _paint(bundle: Bundle, net: Any, signer: Signer | None, seeds: Sequence[int]
 def _save_pyfunc(folder: Path, bundle: Bundle) -> None:
     import mlflow.pyfunc
 
-    with tempfile.TemporaryDirectory(prefix="counterfake-entry-") as temporary:
-        entry = Path(temporary) / "entry.py"
+    with temporary_folder() as temporary:
+        entry = temporary / "entry.py"
         entry.write_text(_ENTRY.format(**(_PAINTS if bundle.kind == "generator" else _DETECTS)))
         mlflow.pyfunc.save_model(
             str(folder),

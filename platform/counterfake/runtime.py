@@ -15,7 +15,6 @@ import importlib.util
 import io
 import logging
 import math
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from counterfake.errors import CheckpointError, ConfigError
 from counterfake.images import to_float
+from counterfake.temporary import temporary_folder
 
 Library = Literal["torch", "onnxruntime", "openvino"]
 Precision = Literal["fp32", "bf16", "int8"]
@@ -143,8 +143,8 @@ def quantised(model: bytes, pictures: NDArray[np.uint8]) -> bytes:
     from onnxruntime import quantization
 
     feed = _Feed(pictures)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+    with temporary_folder() as folder, _quiet():
+        source, target = folder / "fp32.onnx", folder / "int8.onnx"
         source.write_bytes(model)
         quantization.quantize_static(
             source, target, feed, quant_format=quantization.QuantFormat.QDQ, per_channel=True,

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 import urllib.error
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from counterfake.config import flatten, to_dict
 from counterfake.errors import TrackingError
 from counterfake.outbox import Outbox
+from counterfake.temporary import temporary_folder
 from counterfake.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class Tracker:
 
     def load(self, run_id: str, path: str) -> bytes:
         """An artefact of a run, as `files` names it."""
-        with errors(self.uri), tempfile.TemporaryDirectory(prefix="counterfake-artefact-") as folder:
-            return Path(connect(self.uri).download_artifacts(run_id, path, folder)).read_bytes()
+        with errors(self.uri), temporary_folder() as folder:
+            return Path(connect(self.uri).download_artifacts(run_id, path, str(folder))).read_bytes()
 
     def _create(self, client: MlflowClient, task: str) -> Any:
         from mlflow.exceptions import MlflowException

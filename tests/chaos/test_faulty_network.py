@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from counterfake import storage
 from counterfake.data import DataConfig, Loader
 from counterfake.errors import StorageTimeoutError
 from counterfake.images import Preprocess
+from counterfake.storage import deadlines
 from tests.chaos import pictures
 from tests.chaos.pictures import Heard
 from tests.chaos.proxy import FaultProxy, Rates
@@ -47,8 +47,8 @@ def compare(s3, proxy: FaultProxy, rows: int, tmp_path: Path, monkeypatch: pytes
 def test_an_epoch_over_a_faulty_network_is_the_same(
     s3, faulty_s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "STALL_SECONDS", 1.0)
-    monkeypatch.setattr(storage, "FIRST_STALL_SECONDS", (0.3,))
+    monkeypatch.setattr(deadlines, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(deadlines, "FIRST_STALL_SECONDS", (0.3,))
     proxy = faulty_s3(Rates(seed=14), stall_s=2.0)
     compare(s3, proxy, 600, tmp_path, monkeypatch)
     assert {"503", "reset", "truncate", "flip", "stall"} <= set(proxy.seen), "choose another seed"
@@ -70,12 +70,12 @@ def test_a_stalled_endpoint_ends_training_data_by_the_deadline_with_what_to_do(
 ) -> None:
     uri = f"{s3.uri}/faces"
     pictures.store(uri, 0, 8, side=SIDE)
-    monkeypatch.setattr(storage, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(deadlines, "STALL_SECONDS", 1.0)
     proxy = faulty_s3(lambda number, method, path: "stall" if "/shards/" in path else "", stall_s=30)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     config = DataConfig(uri=uri, batch_size=8, preprocess=Preprocess(size=SIDE))
     loader = Loader(config, cache=tmp_path)
-    loader.dataset.store.deadline_s = 2.0  # type: ignore[attr-defined]
+    loader.dataset.store.retries.deadline_s = 2.0  # type: ignore[attr-defined]
     begun = time.monotonic()
     with pytest.raises(
         StorageTimeoutError, match=r"faces@1 .*the deadline is 2 s: check that the endpoint is up"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from counterfake import audit, media
+from counterfake import audit, media, provenance
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, CorruptError, DataError
 from counterfake.records import Dataset, Sample, SplitRule, Version, write_version
@@ -230,6 +230,22 @@ def test_the_file_format_that_tells_the_label_is_a_warning(uri: str) -> None:
     warning = found(uri, "warning")["metadata"]
     assert "JPEG quantisation tables" in warning.text
     assert "--set encode=jpeg:90" in warning.text
+
+
+def test_the_mark_of_generated_files_is_no_shortcut(uri: str) -> None:
+    plain = [sample(n, image=jpeg(n, 80)) for n in range(120)]
+    marked = [
+        dataclasses.replace(s, id="", image=provenance.mark(s.media, maker="gan")) if s.fake else s
+        for s in plain
+    ]
+    write(uri, marked)
+    assert "metadata" not in found(uri, "warning")
+    other = [
+        dataclasses.replace(s, id="", image=media.embed_xmp(s.media, b"of a camera")) if s.fake else s
+        for s in plain
+    ]
+    write(f"{uri}-other", other)
+    assert "metadata segments" in found(f"{uri}-other", "warning")["metadata"].text
 
 
 def test_raw_pixels_are_audited_as_far_as_that_goes(uri: str) -> None:

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from counterfake import audit, config, media, provenance, video
 from counterfake import bundle as bundles
-from counterfake import config, media, provenance, video
 from counterfake.errors import ConfigError, DataError, MediaError, NotFoundError
 from counterfake.images import Preprocess
 from counterfake.nets.dcgan import DcganGenerator
 from counterfake.nets.swap import SwapConfig
-from counterfake.records import Dataset
+from counterfake.records import Dataset, SplitRule
+from counterfake.sources.folder import FolderSource
 from counterfake.sources.synthetic import portrait
 from counterfake.workspace import Workspace
-from jobs import consent, convert, generate, preset
+from jobs import consent, convert, generate, ingest, preset
 from jobs.convert import ConvertJob
 
+HALVES = SplitRule(fractions={"train": 0.5, "test": 0.5})
 FREE = {"faces": {"licence": "CC0-1.0", "consent": "synthetic"}}
 
 
@@ -166,6 +168,32 @@ def test_rows_know_the_film_the_people_and_the_model(
     assert row.attributes["labelled"] is True
     assert provenance.read(row.media).maker == result["maker"]
     assert version.sources[row.source] == {"licence": "CC0-1.0", "consent": "subjects"}
+    assert result["audit"]["leaks"] == []
+    assert audit.stored(dataset, version) is not None
+    unaudited = convert.run(job(talk, swapper, tmp_path / "out.mp4", audit=False, **settings), workspace)
+    assert unaudited["made"][0]["reused"], "what an audit is asked for does not change a film"
+
+
+def test_rows_of_a_picture_lie_in_the_split_of_the_original(
+    swapper: Path, tmp_path: Path, workspace: Workspace
+) -> None:
+    folder, into = tmp_path / "faces", workspace.dataset("faces")
+    folder.mkdir()
+    for number in range(8):
+        data = media.encode(portrait(0, number, 0, 160).pixels, "jpeg", 90)
+        (folder / f"{number}.jpg").write_bytes(data)
+    source = FolderSource(path=str(folder), layout="flat", fake=0, licence="CC0-1.0", consent="synthetic")
+    ingest.run(ingest.IngestJob(source=source, into="faces", splits=HALVES), workspace)
+    settings = {"into_dataset": "faces", "licence": "CC0-1.0", "label": False}
+    result = convert.run(job(folder, swapper, tmp_path / "out", **settings), workspace)
+    assert result["audit"]["leaks"] == []
+    dataset = Dataset.open(into)
+    rows = [(s, split) for split in dataset.version().splits for s in dataset.samples(None, split)]
+    homes = {Path(s.path).name: split for s, split in rows if not s.fake}
+    swaps = {Path(s.path).name: split for s, split in rows if s.fake}
+    assert len(set(homes.values())) == 2
+    assert swaps.items() <= homes.items()
+    assert swaps
 
 
 def test_cuts_that_show_the_label_become_no_rows(

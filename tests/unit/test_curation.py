@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterfake import curation, records, storage, versions
+from counterfake import curation, records, versions
 from counterfake.curation import Condition, GcPlan, collect, derive, diff, gc_plan, merge
 from counterfake.errors import ConfigError, DataError
 from counterfake.records import Dataset, Report, Sample, SplitRule, Version, write_version
+from counterfake.storage import files
 
 SOURCES = {"made": {"licence": "CC0-1.0", "consent": "synthetic"}}
 TRAIN = SplitRule(fractions={"train": 1.0})
@@ -250,7 +251,7 @@ _FOLDER = itertools.count()
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterable[Path]:
     """A folder whose writes do not wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_sync", lambda path: None)
+        patch.setattr(files, "_sync", lambda path: None)
         yield tmp_path_factory.mktemp("histories")
 
 

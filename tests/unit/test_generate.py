@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from counterfake import audit, media, provenance
 from counterfake import bundle as bundles
-from counterfake import media, provenance
 from counterfake.blending import Blending
 from counterfake.conversion import Painter
 from counterfake.errors import ConfigError, DataError
@@ -119,6 +119,53 @@ def test_a_key_that_is_not_there_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=r"sign\.certificate /nowhere/chain\.pem cannot be read"):
         generate.run(GenerateJob(model=str(gan), into="fakes", count=6), workspace)
     assert not Dataset.open(workspace.dataset("fakes")).versions()
+
+
+def test_a_new_version_is_audited_so_that_training_has_nothing_to_warn_of(
+    workspace: Workspace, gan: Path, swapper: Path, faces: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = generate.run(GenerateJob(model=str(gan), into="faces", count=30, size=64), workspace)
+    swaps = GenerateJob(model=str(swapper), into="faces", faces="faces@1", count=12)
+    again = generate.run(swaps, workspace)
+    assert made["audit"]["leaks"] == again["audit"]["leaks"] == []
+    for number in (2, 3):
+        assert audit.admit(faces, faces.version(number), allow_leaks=False) == []
+    assert "never audited" not in caplog.text
+    stored = audit.stored(faces, 3)
+    assert stored is not None
+    assert stored.probe is not None, "headers are probed as those of an ingest"
+    generate.run(dataclasses.replace(swaps, into="swaps", audit=False), workspace)
+    dataset = Dataset.open(workspace.dataset("swaps"))
+    assert audit.stored(dataset) is None
+
+
+def test_terms_of_samples_are_those_of_the_training_data_whatever_their_files_are_like(
+    workspace: Workspace, gan: Path
+) -> None:
+    rows = SyntheticSource(identities=4, per_identity=4, size=64).samples()
+    album = [dataclasses.replace(row, source="album") for row in rows]
+    other = {"album": {"licence": "all rights reserved", "consent": "research"}}
+    write_version(workspace.dataset("album"), album, sources=other)
+    generate.run(GenerateJob(model=str(gan), into="fakes", like="album", count=4, audit=False), workspace)
+    (made,) = Dataset.open(workspace.dataset("fakes")).version().sources.values()
+    assert made == {"licence": "model output; trained on Apache-2.0", "consent": "synthetic"}
+
+
+def test_terms_of_swaps_are_those_of_the_picture_and_of_the_model(
+    workspace: Workspace, faces: Dataset, tmp_path: Path
+) -> None:
+    lab = {"lab": {"licence": "lab terms", "consent": "research"}}
+    people = tuple(faces.version().names("identity")[:2])
+    config = dataclasses.replace(SwapConfig.tiny(), identities=people, coverage=0.8)
+    preprocess = Preprocess(size=20, crop="face", margin=1.4)
+    model = _bundle(tmp_path / "lab", "faceswap", "lab-swap", config, preprocess, faces, sources=lab)
+    job = GenerateJob(model=str(model), into="swaps", faces="faces", count=4, audit=False)
+    with pytest.raises(DataError, match=r"refused: lab \(consent research\)"):
+        generate.run(job, workspace)
+    generate.run(dataclasses.replace(job, purpose="detector-training"), workspace)
+    (made,) = Dataset.open(workspace.dataset("swaps")).version().sources.values()
+    licence = "Apache-2.0; faces by a model trained on lab terms"
+    assert made == {"licence": licence, "consent": "research", "export": False}
 
 
 def test_fakes_are_added_to_the_real_ones_as_a_new_version(
@@ -315,12 +362,18 @@ def test_the_jpeg_quality_of_a_file_is_read_from_its_table(quality: int) -> None
 
 
 def _bundle(
-    folder: Path, kind: str, name: str, config: object, preprocess: Preprocess, data: Dataset
+    folder: Path,
+    kind: str,
+    name: str,
+    config: object,
+    preprocess: Preprocess,
+    data: Dataset,
+    sources: dict[str, dict[str, str]] | None = None,
 ) -> Path:
     version = data.version()
     dataset = {"uri": data.store.uri, "version": version.number, "digest": version.digest}
     nets = {kind: (config, config.build().state_dict())}
-    provenance_ = {"dataset": dataset, "sources": version.sources}
+    provenance_ = {"dataset": dataset, "sources": sources or version.sources}
     return bundles.write_nets(
         folder, kind=kind, name=name, nets=nets, preprocess=preprocess, provenance=provenance_
     ).folder

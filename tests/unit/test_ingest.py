@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from counterfake import media, parts
+from counterfake import media, parts, temporary
 from counterfake.config import override
 from counterfake.errors import ConfigError, CorruptError, CounterfakeError, DataError, NotFoundError
 from counterfake.fingerprint import is_hash, perceptual_hash
@@ -170,13 +169,8 @@ def test_a_broken_parquet_file_costs_its_own_rows_alone(workspace: Workspace, tm
 def test_media_wait_under_the_workspace_and_not_in_a_folder_of_the_system(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = tempfile.TemporaryDirectory, []
-
-    def counted(*arguments: Any, **settings: Any) -> Any:
-        seen.append(settings.get("dir"))
-        return real(*arguments, **settings)
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", counted)
+    real, seen = temporary._held, []
+    monkeypatch.setattr(temporary, "_held", lambda parent: (seen.append(parent), real(parent))[1])
     run(faces(), workspace)  # one part
     run(faces(part_inputs=10, append=False), workspace)
     assert set(seen) == {workspace.home / "scratch"}

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 from counterfake import media
 from counterfake.errors import MediaError
-from counterfake.media import Limits, decode, decode_trusted, embed_xmp, encode, read_xmp, sniff
+from counterfake.media import Limits, decode, decode_trusted, embed_xmp, encode, read_xmp, sniff, without_xmp
 
 XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'>hello</x:xmpmeta>"
 
@@ -328,6 +328,19 @@ def test_xmp_goes_in_and_out_without_touching_a_pixel(format: str, grey: bool) -
     assert read_xmp(marked) == XMP
     assert (decode(marked) == decode(data)).all()
     assert Image.open(io.BytesIO(marked)).info["xmp"] == XMP
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("quality", [88, 100])
+def test_a_file_whose_xmp_is_taken_out_is_the_one_it_was(format: str, quality: int) -> None:
+    data = encode(picture(), format, quality)
+    assert without_xmp(embed_xmp(data, XMP)) == without_xmp(data) == data
+    assert without_xmp(embed_xmp(data, XMP)[:40]) is not None  # damaged
+
+
+def test_what_is_no_picture_has_no_xmp_to_take_out() -> None:
+    assert without_xmp(b"GIF89a and more") == b"GIF89a and more"
+    assert without_xmp(b"RIFF\0\0\0\0WEBP") == b"RIFF\0\0\0\0WEBP"
 
 
 @pytest.mark.parametrize("format", ["jpeg", "png", "webp"])

@@ -1,4 +1,4 @@
-"""storage.py over files and over S3 (moto's server and Swift, real HTTP), with a proxy where the network must misbehave."""
+"""Storage over files and over S3 (moto's server and Swift, real HTTP), with a proxy where the network must misbehave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from counterfake import storage
 from counterfake.errors import (
     ConfigError,
     CorruptError,
@@ -25,13 +24,14 @@ from counterfake.errors import (
     StorageError,
     StorageTimeoutError,
 )
-from counterfake.storage import open_store, probe, write_atomic
+from counterfake.storage import Store, capabilities, deadlines, open_store, probe, write_atomic
+from counterfake.storage import s3 as s3_store
 from tests.chaos.proxy import FaultProxy
 
 SLACK_SECONDS = 5.0  # a busy machine makes clients slowly; attempts that know no deadline take 12 s
 
 
-def _is_moto(store: storage.Store) -> bool:
+def _is_moto(store: Store) -> bool:
     return not store.is_local and os.environ.get("AWS_ACCESS_KEY_ID") == "test"
 
 
@@ -39,24 +39,24 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _store(name: str, request: pytest.FixtureRequest) -> storage.Store:
+def _store(name: str, request: pytest.FixtureRequest) -> Store:
     if name == "file":
         return open_store((request.getfixturevalue("tmp_path") / "store").as_uri())
     return open_store(f"{request.getfixturevalue(name).uri}/some/prefix")
 
 
 @pytest.fixture(params=["file", "s3", "swift"])
-def store(request: pytest.FixtureRequest) -> storage.Store:
+def store(request: pytest.FixtureRequest) -> Store:
     return _store(request.param, request)
 
 
 @pytest.fixture(params=["file", "s3"])
-def atomic(request: pytest.FixtureRequest) -> storage.Store:
+def atomic(request: pytest.FixtureRequest) -> Store:
     """A store whose put-if-absent has one winner; Swift's has not."""
     return _store(request.param, request)
 
 
-def test_what_is_put_is_read_listed_and_deleted(store: storage.Store) -> None:
+def test_what_is_put_is_read_listed_and_deleted(store: Store) -> None:
     store.put("a/one", b"1")
     store.put("a/two", b"22")
     store.put("b", b"333")
@@ -72,7 +72,7 @@ def test_what_is_put_is_read_listed_and_deleted(store: storage.Store) -> None:
     assert store.list("nothing/here") == []
 
 
-def test_put_replaces_and_put_if_absent_does_not(store: storage.Store) -> None:
+def test_put_replaces_and_put_if_absent_does_not(store: Store) -> None:
     store.put("key", b"old")
     store.put("key", b"new")
     assert not store.put_if_absent("key", b"newer")
@@ -81,7 +81,7 @@ def test_put_replaces_and_put_if_absent_does_not(store: storage.Store) -> None:
     assert store.read("other") == b"first"
 
 
-def test_of_sixteen_writers_one_wins(atomic: storage.Store) -> None:
+def test_of_sixteen_writers_one_wins(atomic: Store) -> None:
     for round_number in range(20):
         key = f"versions/{round_number}"
         with ThreadPoolExecutor(16) as pool:
@@ -90,7 +90,7 @@ def test_of_sixteen_writers_one_wins(atomic: storage.Store) -> None:
         assert atomic.read(key) == b"writer %d" % won.index(True)
 
 
-def test_a_missing_object_is_named(store: storage.Store) -> None:
+def test_a_missing_object_is_named(store: Store) -> None:
     with pytest.raises(NotFoundError, match=r"no/such does not exist"):
         store.read("no/such")
     with pytest.raises(NotFoundError, match="no/such"):
@@ -99,22 +99,22 @@ def test_a_missing_object_is_named(store: storage.Store) -> None:
         store.download("no", Path("/nonexistent/never"))
 
 
-def test_ranges_are_exact(store: storage.Store) -> None:
+def test_ranges_are_exact(store: Store) -> None:
     store.put("key", bytes(range(100)))
     assert store.read_range("key", 10, 5) == bytes(range(10, 15))
     assert store.read_range("key", 98, 50) == bytes([98, 99])
     assert store.read_range("key", 0, 0) == b""
 
 
-def test_a_read_with_another_digest_is_corrupt(store: storage.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+def test_a_read_with_another_digest_is_corrupt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 2)
     store.put("key", b"bytes")
     assert store.read("key", sha256=sha(b"bytes")) == b"bytes"
     with pytest.raises(CorruptError, match="restore"):
         store.read("key", sha256=sha(b"other"))
 
 
-def test_fetch_gives_a_verified_local_file(store: storage.Store, tmp_path: Path) -> None:
+def test_fetch_gives_a_verified_local_file(store: Store, tmp_path: Path) -> None:
     data = os.urandom(3000)
     store.put("shards/x", data)
     path = store.fetch("shards/x", sha256=sha(data), cache=tmp_path / "cache")
@@ -124,7 +124,7 @@ def test_fetch_gives_a_verified_local_file(store: storage.Store, tmp_path: Path)
         assert not (tmp_path / "cache").exists()
 
 
-def test_fetch_refuses_altered_bytes(store: storage.Store, tmp_path: Path) -> None:
+def test_fetch_refuses_altered_bytes(store: Store, tmp_path: Path) -> None:
     store.put("shards/x", b"altered")
     with pytest.raises(CorruptError, match="shards/x"):
         store.fetch("shards/x", sha256=sha(b"original"), cache=tmp_path / "cache")
@@ -139,7 +139,7 @@ def test_a_damaged_cache_is_downloaded_again(s3, tmp_path: Path) -> None:
 
 
 def test_publish_puts_the_marker_last_and_download_restores_the_folder(
-    store: storage.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)
@@ -161,16 +161,14 @@ def test_publish_puts_the_marker_last_and_download_restores_the_folder(
     assert found == {"state.json", "a.bin", "deep/z.bin"}
 
 
-def test_publish_refuses_a_folder_without_its_marker(store: storage.Store, tmp_path: Path) -> None:
+def test_publish_refuses_a_folder_without_its_marker(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"has no state\.json"):
         store.publish(tmp_path, "runs/one")
     assert store.list() == []
 
 
-def test_large_files_go_up_in_parts(
-    store: storage.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # S3's smallest part
+def test_large_files_go_up_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)  # S3's smallest part
     data = os.urandom(11 << 20)
     (tmp_path / "large").write_bytes(data)
     store.put_file("large", tmp_path / "large")
@@ -178,7 +176,7 @@ def test_large_files_go_up_in_parts(
     assert sha(store.read("large")) == sha(data)
 
 
-def test_pyarrow_reads_what_was_put(store: storage.Store) -> None:
+def test_pyarrow_reads_what_was_put(store: Store) -> None:
     store.put("deep/key", b"arrow")
     filesystem, root = store.filesystem()
     with filesystem.open_input_stream(f"{root}/deep/key") as stream:
@@ -186,9 +184,9 @@ def test_pyarrow_reads_what_was_put(store: storage.Store) -> None:
 
 
 def test_unfinished_uploads_are_aborted_once_they_are_old(
-    store: storage.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
     (tmp_path / "large").write_bytes(bytes(11 << 20))
 
     def killed(*_: object) -> None:
@@ -213,7 +211,7 @@ def test_unfinished_uploads_are_aborted_once_they_are_old(
     assert [entry.key for entry in store.list()] == ["small"]
 
 
-def test_probe_finds_conditional_writes(atomic: storage.Store) -> None:
+def test_probe_finds_conditional_writes(atomic: Store) -> None:
     assert probe(atomic).conditional_writes
     probe(atomic).require(atomic.uri)
     assert atomic.list() == []
@@ -224,7 +222,7 @@ def test_swift_lets_several_writers_win_and_the_probe_finds_it_every_time(
 ) -> None:
     store = open_store(swift.uri)
     for _ in range(10):
-        monkeypatch.setattr(storage, "_PROBED", {})
+        monkeypatch.setattr(capabilities, "_PROBED", {})
         found = probe(store)
         assert (found.conditional_writes, found.checksums, found.faithful) == (False, True, True)
     with pytest.raises(StorageError, match="two writers could overwrite each other's version"):
@@ -232,8 +230,8 @@ def test_swift_lets_several_writers_win_and_the_probe_finds_it_every_time(
     assert store.list() == []
 
 
-def test_a_store_that_overwrites_is_refused(store: storage.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PROBED", {})
+def test_a_store_that_overwrites_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "_PROBED", {})
     monkeypatch.setattr(store, "put_if_absent", lambda key, data: store.put(key, data) is None)
     with pytest.raises(StorageError, match="does not keep conditional writes"):
         probe(store).require(store.uri)
@@ -253,7 +251,7 @@ def test_a_server_that_loses_what_belongs_to_an_object_is_refused(faulty) -> Non
 
 
 def test_a_server_that_alters_bytes_is_refused(faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 2)
     store, _ = faulty(lambda _, method: "flip" if method == "GET" else "")
     with pytest.raises(StorageError, match="does not give back what was written"):
         probe(store).require(store.uri)
@@ -262,7 +260,7 @@ def test_a_server_that_alters_bytes_is_refused(faulty, monkeypatch: pytest.Monke
 def test_a_server_whose_checksums_reject_good_bytes_is_told_with_the_reason(
     faulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 2)
     store, _ = faulty(lambda _, method: "bad-digest" if method == "PUT" else "")
     with pytest.raises(StorageError, match=r"cannot write .* BadDigest"):
         probe(store)
@@ -277,7 +275,7 @@ def test_checksums_that_many_servers_reject_are_not_sent(s3) -> None:
 def test_moto_does_not_look_at_checksums_and_our_own_digest_finds_it(
     s3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 3)
     store = open_store(s3.uri)
     assert not probe(store).checksums
     store.put("key", b"bytes")
@@ -394,7 +392,7 @@ def test_a_missing_bucket_and_missing_credentials_say_what_to_do(s3, monkeypatch
         open_store(s3.uri).read("key")
 
 
-def test_a_store_travels_between_processes(store: storage.Store) -> None:
+def test_a_store_travels_between_processes(store: Store) -> None:
     import copy
 
     store.put("key", b"bytes")
@@ -407,11 +405,11 @@ def test_a_store_travels_between_processes(store: storage.Store) -> None:
 @pytest.fixture
 def faulty(
     s3, faulty_s3: Callable[..., FaultProxy], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[storage.Store, FaultProxy]]:
+) -> Callable[..., tuple[Store, FaultProxy]]:
     """`faulty(fault, **options of the store)` -> (the store behind a proxy, the proxy)."""
-    monkeypatch.setattr(storage, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(deadlines, "STALL_SECONDS", 1.0)
 
-    def make(fault: Callable[[int, str], str], **options: float) -> tuple[storage.Store, FaultProxy]:
+    def make(fault: Callable[[int, str], str], **options: float) -> tuple[Store, FaultProxy]:
         proxy = faulty_s3(lambda number, method, path: fault(number, method))
         return open_store(s3.uri, endpoint_url=proxy.url, **options), proxy
 
@@ -444,7 +442,7 @@ def test_a_commit_whose_answer_was_lost_is_still_ours(faulty, s3) -> None:
 def test_a_large_file_whose_last_answer_was_lost_is_stored(
     faulty, s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
     posts: Counter[str] = Counter()
 
     def fault(_: int, method: str) -> str:
@@ -460,7 +458,7 @@ def test_a_large_file_whose_last_answer_was_lost_is_stored(
 
 
 def test_a_store_that_only_fails_is_given_up_with_advice(faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 3)
     store, proxy = faulty(lambda *_: "503")
     with pytest.raises(StorageError, match=r"3 attempts .* SlowDown; check that the endpoint is up"):
         store.read("key")
@@ -468,7 +466,7 @@ def test_a_store_that_only_fails_is_given_up_with_advice(faulty, monkeypatch: py
 
 
 def test_bytes_that_are_altered_every_time_are_corrupt(faulty, s3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(deadlines, "ATTEMPTS", 3)
     open_store(s3.uri).put("key", b"bytes")
     store, _ = faulty(lambda *_: "flip")
     with pytest.raises(CorruptError, match="key: 3 attempts"):
@@ -476,7 +474,7 @@ def test_bytes_that_are_altered_every_time_are_corrupt(faulty, s3, monkeypatch: 
 
 
 def test_impatience_follows_the_pace_of_the_server() -> None:
-    patience = storage._Patience()
+    patience = deadlines.Patience()
     assert patience.seconds() == 2.0, "nothing is known of it yet"
     for _ in range(16):
         patience.learn(0.01)
@@ -531,12 +529,12 @@ def test_bulk_reads_through_pyarrow_end_by_the_deadline(faulty, s3) -> None:
     assert proxy.count == 2
 
 
-def test_bulk_calls_have_as_many_attempts_as_fit_in_the_deadline() -> None:
-    assert (
-        storage._attempts(storage.DEADLINE_SECONDS, storage.STALL_SECONDS) == 5
-    )  # 80 s of stalls, 15 s of waits
-    assert storage._attempts(600.0, 1.0) == storage.ATTEMPTS
-    assert storage._attempts(1.0, 1.0) == 1
+def test_bulk_calls_have_as_many_attempts_as_fit_in_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = deadlines.Retries("s3://bucket", deadlines.DEADLINE_SECONDS)
+    assert usual.bulk_attempts() == 5  # 80 s of stalls, 15 s of waits
+    assert deadlines.Retries("s3://bucket", 1.0).bulk_attempts() == 1
+    monkeypatch.setattr(deadlines, "STALL_SECONDS", 1.0)
+    assert deadlines.Retries("s3://bucket", 600.0).bulk_attempts() == deadlines.ATTEMPTS
 
 
 def test_an_endpoint_where_nobody_listens_fails_soon(s3, free_port: int) -> None:

@@ -16,7 +16,7 @@ from counterfake import checkpoint, dist, loop, media
 from counterfake.cluster import worker
 from counterfake.cluster.worker import Order, _Reporter, _rolled_back
 from counterfake.config import from_dict, override, to_dict
-from counterfake.data import DataConfig, Loader
+from counterfake.data import DataConfig, Loader, used_sources
 from counterfake.errors import CollapseError, DataError, NonFiniteError
 from counterfake.images import Preprocess
 from counterfake.learners.faceswap import FaceSwapConfig, FaceSwapLearner
@@ -24,7 +24,7 @@ from counterfake.learners.swap_guard import Guard
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.swap import SwapConfig, SwapMaskConfig
 from counterfake.nets.swap_family import parameters
-from counterfake.records import Sample, SplitRule, write_version
+from counterfake.records import Dataset, Sample, SplitRule, write_version
 from counterfake.sources.synthetic import SyntheticSource, portrait
 from counterfake.workspace import Workspace
 from jobs import consent, train_swap
@@ -119,7 +119,11 @@ def test_people_who_did_not_agree_are_refused_by_source(
         with pytest.raises(DataError, match=r"refused: album \(consent none\); choose others"):
             train_swap.prepared(dataclasses.replace(job, purpose=purpose), workspace)
     drawn = override(job, {"data.where": {"fake": 0, "identity": [f"synthetic-0-00000{i}" for i in (0, 1)]}})
-    assert train_swap.prepared(drawn, workspace).data.where["identity"] == drawn.data.where["identity"]
+    data = train_swap.prepared(drawn, workspace).data
+    assert data.where["identity"] == drawn.data.where["identity"]
+    dataset = Dataset.open(workspace.dataset("faces"))
+    assert set(used_sources(dataset, dataset.version(), data)) == {"drawn"}  # what its bundle will name
+    assert set(used_sources(dataset, dataset.version(), job.data)) == {"drawn", "album"}
 
 
 def test_research_data_need_their_purpose(workspace: Workspace, stored: Callable[[str], TrainJob]) -> None:
@@ -135,6 +139,30 @@ def test_what_is_made_of_research_data_or_by_its_models_is_not_for_export() -> N
     assert "export" not in consent.marked(free, model={})
     assert consent.marked(bound, model={})["export"] is False
     assert consent.marked(free, model={"export": False})["export"] is False
+
+
+def test_what_is_made_carries_the_licences_and_the_least_consent_of_what_the_model_learned_from() -> None:
+    model = {
+        "sources": {
+            "drawn": {"licence": "CC0-1.0", "consent": "synthetic"},
+            "album": {"licence": "CC-BY-4.0", "consent": "subjects"},
+        }
+    }
+    licence = "model output; trained on CC-BY-4.0, CC0-1.0"
+    assert consent.learned(model) == {"licence": licence, "consent": "subjects"}
+    assert consent.learned({**model, "export": False})["export"] is False
+    assert consent.learned({}) == {
+        "licence": "model output; what it was trained on is not recorded",
+        "consent": "none",
+    }
+    drawn = consent.marked({"licence": "CC0-1.0", "consent": "synthetic"}, model=model)
+    assert drawn == {"licence": "CC0-1.0; faces by a model trained on CC-BY-4.0", "consent": "subjects"}
+    lab = consent.marked({"licence": "CC0-1.0", "consent": "research"}, model=model)
+    assert (lab["consent"], lab["export"]) == ("research", False)
+    assert consent.marked({"licence": "x", "consent": "subjects"}, model={}) == {
+        "licence": "x",
+        "consent": "subjects",
+    }
 
 
 # -- rows without a face --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from counterfake.errors import (
 )
 from counterfake.loop import Tick, TrainJob
 from counterfake.storage import Store, open_store
+from counterfake.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ def _unlisted(store: Store) -> Iterator[Path | None]:
     """A copy of the newest checkpoint of a run that is whole, whether Ray knows of it or not; None if there is none."""
     keys = [entry.key for entry in store.list("checkpoint_") if entry.key.endswith(f"/{checkpoint.STATE}")]
     for key in sorted(keys, reverse=True):
-        with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-            folder = store.download(key.rpartition("/")[0], Path(temporary) / "checkpoint")
+        with temporary_folder() as temporary:
+            folder = store.download(key.rpartition("/")[0], temporary / "checkpoint")
             try:
                 checkpoint.load(folder)
             except CheckpointError as error:

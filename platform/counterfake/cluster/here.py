@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from counterfake.cluster.worker import Order, Progress, work
 from counterfake.loop import Tick
 from counterfake.storage import Store
+from counterfake.temporary import temporary_folder
 
 
 def run_here(order: Order, store: Store, on_progress: Progress | None) -> dict[str, Any]:
@@ -35,8 +35,8 @@ class _Host:
         if not steps:
             yield None
             return
-        with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-            yield self._store.download(steps[-1], Path(temporary) / "checkpoint")
+        with temporary_folder() as temporary:
+            yield self._store.download(steps[-1], temporary / "checkpoint")
 
     def report(self, tick: Tick, folder: Path | None) -> None:
         if folder:

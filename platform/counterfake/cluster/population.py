@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from counterfake.data import Loader
 from counterfake.errors import ConfigError
 from counterfake.learners.detector import DetectorConfig
 from counterfake.loop import Tick, TrainJob
+from counterfake.temporary import temporary_folder
 from counterfake.workspace import Workspace
 
 LINEAGE = "lineage.json"
@@ -83,8 +83,7 @@ def report(
     """Tell Tune a tick together with a copy of its checkpoint, for whoever may go on from it."""
     from ray import tune
 
-    with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         run_folder(job, workspace).download(f"checkpoints/step-{tick.step:08d}", folder / "checkpoint")
         lineage = {"trial": trial, "settings": dict(settings), "run": job.name, "step": tick.step}
         (folder / LINEAGE).write_text(json.dumps(lineage))

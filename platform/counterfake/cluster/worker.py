@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ import torch
 from counterfake import boxes, checkpoint, dist, loop, memory
 from counterfake.bundle import Kind, write_nets
 from counterfake.config import from_dict, to_dict
-from counterfake.data import Batch, DataConfig, Loader
+from counterfake.data import Batch, DataConfig, Loader, used_sources
 from counterfake.errors import CheckpointError, CollapseError, ConfigError, NonFiniteError, TrackingError
 from counterfake.learners import Learner, LearnerContext, Recoverable
 from counterfake.storage import open_store
+from counterfake.temporary import temporary_folder
 from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
 
@@ -178,8 +178,8 @@ class _Reporter:
         if not (tick.due_checkpoint and dist.is_main()):
             self.host.report(tick, None)
             return
-        with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-            folder = Path(temporary) / f"step-{tick.step:08d}"
+        with temporary_folder() as temporary:
+            folder = temporary / f"step-{tick.step:08d}"
             checkpoint.save(folder, self.learner.state_dict(), self._meta(tick))
             self.host.report(tick, folder)
 
@@ -331,9 +331,9 @@ def _rolled_back(reporter: _Reporter) -> _Reporter:
 def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
     """The exported networks as a bundle under the run's folder on storage; `bundle.json` is written last."""
     job = order.job
-    provenance = {
+    provenance: dict[str, Any] = {
         "dataset": {name: order.dataset[name] for name in ("uri", "version", "digest")},
-        "sources": order.dataset["sources"],
+        "sources": used_sources(loader.dataset, loader.version, job.data),
         "run_id": order.run_id,
         "commit": order.commit,
         "identities": list(loader.identities),
@@ -347,8 +347,8 @@ def _publish_bundle(order: Order, learner: Learner, loader: Loader) -> None:
         preprocess, warning = boxes.recorded(preprocess, found)
     if warning:
         provenance["warnings"] = [warning]
-    with tempfile.TemporaryDirectory(prefix="counterfake-") as temporary:
-        folder = Path(temporary) / "bundle"
+    with temporary_folder() as temporary:
+        folder = temporary / "bundle"
         write_nets(
             folder,
             kind=BUNDLE_KINDS[job.task],

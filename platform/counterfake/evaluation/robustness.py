@@ -9,9 +9,7 @@ same seed gives the same bytes, in any order. Who scores the damaged pictures is
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +17,7 @@ import numpy as np
 from counterfake import video
 from counterfake.errors import ConfigError, DataError
 from counterfake.images import Pixels, blur, generator, noise, recompress, rescale, share_chain
+from counterfake.temporary import temporary_folder
 
 Kind = Literal["clean", "jpeg", "resize", "blur", "noise", "h264", "share"]
 FORMAT = 1  # of kept cells; raised when a cell does something else to pictures
@@ -80,8 +79,8 @@ def through_h264(pixels: Pixels, crf: int) -> Pixels:
     A picture standing still: what quantisation does to it is there, what motion would cost is not. Needs libx264."""
     height, width, channels = pixels.shape
     picture = pixels if channels == 3 else np.repeat(pixels, 3, axis=2)
-    with tempfile.TemporaryDirectory(prefix="counterfake-h264-") as folder:
-        path = Path(folder) / "clip.mp4"
+    with temporary_folder() as folder:
+        path = folder / "clip.mp4"
         made = video.write(path, [picture] * CLIP_FRAMES, crf=crf)
         if made.codec != "libx264":
             raise ConfigError(
