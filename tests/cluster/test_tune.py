@@ -141,7 +141,7 @@ def test_a_population_goes_on_from_the_best_ones_checkpoint(ray_local: object, p
     clones = [run for run in runs if "-from-" in run["name"]]
     assert clones  # three trials, three exchanges: somebody lagged
     for clone in clones:
-        step = int(clone["name"].rpartition("-")[2])
+        step = int(clone["name"].split("-")[-2])
         history = tracker.history(clone["run_id"], "loss")
         assert all(at > step for at, _ in history)  # the donor's steps are not trained again
         if history:
@@ -271,6 +271,35 @@ def test_eight_trials_survive_a_killed_driver_and_a_crash(prepared: Workspace) -
     assert not [c for c in children if c["status"] == "RUNNING"]
 
 
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_population_survives_a_killed_driver(prepared: Workspace) -> None:
+    """Killed at its first exchange, of which Tune's state knows nothing yet."""
+    command = _command(prepared, job("population-killed", steps=16), trials=4, scheduler="pbt")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    tracker = Tracker.at(prepared)
+    try:
+        while not (begun := _runs_of(prepared, "population-killed", "-from-")):
+            assert first.poll() is None, "the search ended before any exchange"
+            time.sleep(0.1)
+    finally:
+        _kill_all(first)
+    begun |= _runs_of(prepared, "population-killed", "")
+    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=500, check=True)
+    run_id, found, groups, _ = json.loads(second.stdout.splitlines()[-1])
+    names = [name for name, _, _ in found]
+    assert len(set(names)) == 4
+    assert {(state, steps) for _, state, steps in found} == {("finished", 16)}
+    assert groups == ["REMOVED"]
+    children = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": run_id})]
+    assert len({c["name"] for c in children}) == len(children)  # no run was begun twice
+    assert begun <= {c["run_id"] for c in children}
+    originals = [c["name"].rpartition("-")[2] for c in children if "-from-" not in c["name"]]
+    assert sorted(originals) == sorted(names)  # the trials are those that were killed
+    assert not [c for c in children if c["status"] == "RUNNING"]
+
+
 def _command(workspace: Workspace, base: TrainJob, *, trials: int, scheduler: str) -> list[str]:
     order = {
         "workspace": config.to_dict(workspace),
@@ -286,6 +315,13 @@ def _kill_all(search: subprocess.Popen[str]) -> None:
     """The driver and its raylet, GCS and workers."""
     os.killpg(search.pid, signal.SIGKILL)
     search.wait()
+
+
+def _runs_of(workspace: Workspace, search: str, part: str) -> set[str]:
+    """Ids of the MLflow runs of the trials of a search, of those with `part` in their name."""
+    store = open_store(workspace.training)
+    folders = {entry.key for entry in store.list(f"{search}-search-") if entry.key.endswith("/run.json")}
+    return {json.loads(store.read(key))["run_id"] for key in folders if part in key}
 
 
 def _read_until(lines: Iterable[str], wanted: str) -> None:
