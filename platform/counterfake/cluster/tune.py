@@ -520,7 +520,7 @@ def _teller(search: str, metric: str) -> Any:
 def _runs(workspace: Workspace, task: str, parent: str) -> dict[str, dict[str, Any]]:
     """MLflow's view of the trials by name, of two runs the newer; one stopped from outside could not end its run itself."""
     tracker = Tracker.at(workspace)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for run_id in tracker.find(task, {"mlflow.parentRunId": parent}):
         run = tracker.read(run_id)
         if run["status"] == "RUNNING":
