@@ -2,7 +2,7 @@
 
     counterfake run train-detector mobilenetv2-demo                                 2 cores: about 30 s
     counterfake run train-detector cifake-32                                        CIFAKE, 32 px, from random weights
-    counterfake run train-detector ciplab --set learner.net.weights=FILE            CIPLAB, 256 px
+    counterfake run train-detector ciplab --set learner.net.weights=FILE            CIPLAB, 256 px; teaches itself composites
     counterfake run train-detector stylegan-ffhq-256 --set learner.net.weights=FILE
     counterfake run train-detector stylegan-ffhq-256-robust --set learner.net.weights=FILE    damaged as pictures that are shared
     counterfake run train-detector probe --set learner.net.backbone.weights=FILE    only the last layer learns
@@ -119,7 +119,7 @@ def ciplab() -> TrainJob:
         composites=CompositesConfig(share=0.25),
         augmentation=_whole_pixels(jitter=16),
     )
-    loop = LoopConfig(epochs=10, tick_steps=0, precision="bf16")
+    loop = LoopConfig(epochs=12, tick_steps=0, precision="bf16")
     job = _job("ciplab", "ciplab", 256, 32, learner, loop)
     return dataclasses.replace(job, data=dataclasses.replace(job.data, landmarks=True))
 
