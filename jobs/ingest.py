@@ -3,13 +3,16 @@
     counterfake run ingest synthetic-faces-demo                    800 faces: 4-7 s on 2 busy cores, audit included
     counterfake run ingest synthetic-faces                         20,000 faces, at 70-200 a second
     counterfake run ingest folder --set source.path=~/pictures --set source.licence=CC0-1.0 --set source.consent=none
+    counterfake run ingest ciplab --set source.path=ciplab --set source.licence=unstated --set source.consent=research
+        [--set faces=ultralight --set faces_model=ultralight_face_slim_320.pth --set landmarks_model=onet.pt]
     counterfake run ingest ffpp --workers 2 --set source.path=/data/ffpp --set source.licence=research --set source.consent=research
 
 Every picture is decoded once by the decoder that serving uses; every input ends as ok or skipped with its reason, and
 above `max_skipped_fraction` nothing is written. Hidden files, those of operating systems, and lists, masks and what the
 source's settings leave out are counted as skipped too, but not towards that fraction. Inputs are prepared in parts, by threads here or by Ray workers (which
 must see `source.path` on every node), and staged beside the dataset: a killed ingest run again goes on where it was.
-The same pictures again add no row. Sets of other people's pictures need their own `source.path`, `source.licence` and
+The same pictures again add no row. `faces` finds the largest face and its eyes; with `landmarks_model` (MTCNN's O-Net) five
+points, by which detectors are taught composites. Sets of other people's pictures need their own `source.path`, `source.licence` and
 `source.consent`.
 """
 
@@ -67,6 +70,7 @@ class IngestJob:
         ""  # find the largest face of pictures that come without a box
     )
     faces_model: str = ""  # file of yunet or ultralight
+    landmarks_model: str = ""  # file of MTCNN's O-Net (onet.pt): five points of each face; "" = its eyes
     max_skipped_fraction: float = 0.01  # of the inputs not set aside; above it nothing is written
     threads: int = 2  # that prepare pictures here; of no effect with workers
     workers: int = 0  # Ray workers, one CPU each; 0 = this process
@@ -161,6 +165,7 @@ def ciplab() -> IngestJob:
     """Real and Fake Face Detection, 2,041 faces: fakes are expert Photoshop composites.
 
     Many were made from a photograph of the set: 43 pairs of 1,631 pictures differ in at most 68 bits, 3 in at most 31.
+    The cascade finds a face in 84 % of them and eyes in 64 %; with faces=ultralight and a landmarks_model it is all of them.
     """
     splits = _thirds(near_bits=68)
     return IngestJob(source=CiplabSource(), into="ciplab", splits=splits, encode="jpeg:90", faces="cascade")
@@ -364,7 +369,13 @@ class _Ingest:
 
 
 def _recipe(job: IngestJob) -> Recipe:
-    return Recipe(source=job.source, encode=job.encode, faces=job.faces, faces_model=job.faces_model)
+    return Recipe(
+        source=job.source,
+        encode=job.encode,
+        faces=job.faces,
+        faces_model=job.faces_model,
+        landmarks_model=job.landmarks_model,
+    )
 
 
 def _plan(job: IngestJob) -> _Plan:

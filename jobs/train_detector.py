@@ -35,6 +35,7 @@ from counterfake.data import DataConfig
 from counterfake.images import Degradation, Preprocess
 from counterfake.learners.augmentation import AugmentationConfig
 from counterfake.learners.blending import BlendingConfig
+from counterfake.learners.composites import CompositesConfig
 from counterfake.learners.detector import DetectorConfig
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets import NetConfig
@@ -104,20 +105,23 @@ def mobilenetv2_demo() -> TrainJob:
 
 
 def ciplab() -> TrainJob:
-    """Photoshop composites at their full 256 px: no interpolation, real pictures also as composites of themselves, mirror mean."""
+    """Photoshop composites at their full 256 px: no interpolation, composites of our own making beside the given ones, mirror mean."""
     learner = DetectorConfig(
         net=MobileNetV2Config(dropout=0.4, mirror=True),
-        lr=5e-4,
-        features_lr_factor=0.4,
+        lr=1e-3,
+        features_lr_factor=0.3,
         weight_decay=0.05,
-        freeze_images=2_500,
-        warmup_images=1_000,
+        freeze_images=2_000,
+        warmup_images=1_500,
         label_smoothing=0.1,
-        ema_halflife_images=4_000,
-        blending=BlendingConfig(share=0.25),
+        frozen_norms=True,
+        ema_halflife_images=3_000,
+        composites=CompositesConfig(share=0.25),
         augmentation=_whole_pixels(jitter=16),
     )
-    return _job("ciplab", "ciplab", 256, 32, learner, LoopConfig(epochs=25, tick_steps=0, precision="bf16"))
+    loop = LoopConfig(epochs=10, tick_steps=0, precision="bf16")
+    job = _job("ciplab", "ciplab", 256, 32, learner, loop)
+    return dataclasses.replace(job, data=dataclasses.replace(job.data, landmarks=True))
 
 
 def stylegan_ffhq_256() -> TrainJob:

@@ -1,6 +1,6 @@
 """What `data derive --map` makes of each row: its face cut out, its picture encoded anew, or brought to a size.
 
-A changed picture is measured and hashed anew, its box and landmarks move with it, and `attributes.original` names the
+A changed picture is measured and hashed anew, its box, landmarks and face mask move with it, and `attributes.original` names the
 row it was made of. Pictures are decoded as ingest decodes them.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from counterfake import faces, media, prepare, quality
+from counterfake import face_masks, faces, media, prepare, quality
 from counterfake.errors import ConfigError, MediaError
 from counterfake.faces import MARGIN
 from counterfake.prepare import encoder
@@ -81,7 +81,9 @@ def _cropped(sample: Sample, pixels: media.Pixels, margin: float) -> Sample | Sk
     if min(right - left, bottom - top) < media.DEFAULT_LIMITS.min_side:
         return Skipped(sample.path, "too_small")
     moved = _moved(sample, (left, top), (1.0, 1.0))
-    return _stored(sample, dataclasses.replace(moved, face_margin=margin), pixels[top:bottom, left:right])
+    attributes = face_masks.cut(sample.attributes, (width, height), (left, top, right, bottom))
+    cut = dataclasses.replace(moved, face_margin=margin, attributes=attributes)
+    return _stored(sample, cut, pixels[top:bottom, left:right])
 
 
 def _resized(sample: Sample, pixels: media.Pixels, side: int) -> Sample | Skipped:

@@ -95,7 +95,7 @@ class Painter:
     ) -> list[Pixels]:
         """(pixels (H, W, 3), faces in it) each -> new pixels with all these faces swapped, painted as one batch.
 
-        shown: whose faces each picture has, where that is known; only a design with an encoder per person asks for it."""
+        shown: whose faces each picture has, where that is known: a swap of people whom the model knows is better for it."""
         size = self.preprocess.size
         moves = [[window(f, p, self.preprocess) for f in found] for p, found in pictures]
         crops = [faces.moved(p, m, size) for (p, _), ms in zip(pictures, moves, strict=True) for m in ms]

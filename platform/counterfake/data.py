@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from counterfake import labels, locks, media
+from counterfake import face_masks, labels, locks, media
 from counterfake.errors import ConfigError, DataError, MediaError
 from counterfake.images import Degradation, Preprocess, degrade, generator
 from counterfake.order import Balanced, Order, Rows
@@ -55,7 +55,7 @@ class DataConfig:
         ""  # equal shares of each in every batch, small ones repeated
     )
     allow_leaks: bool = False  # train though the audit of this version found a leak; recorded with the run
-    landmarks: bool = False  # give the points of each face with it, see Batch.landmarks
+    landmarks: bool = False  # give the points of each face and its exact mask with it, see Batch
     # done to the decoded picture before it is cut out, by the functions of the robustness grid; drawn from (seed, epoch, id)
     degradation: Degradation = dataclasses.field(default_factory=Degradation)
     threads: int = 2  # decoding threads of each rank
@@ -92,16 +92,19 @@ class Batch:
     landmarks: torch.Tensor | None = (
         None  # (N, 5, 2) float32 x, y in pixels of the images, NaN unknown; where asked for
     )
+    mask: torch.Tensor | None = (
+        None  # (N, 1, H, W) float32 in [0, 1], 1 over the face, NaN in rows without; with landmarks, if a row has one
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; from pinned memory the copy does not wait."""
-        names = ("images", "fake", "class_id", "identity", "maker")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        points = None if self.landmarks is None else self.landmarks.to(device, non_blocking=True)
-        return dataclasses.replace(self, **moved, landmarks=points)
+        names = ("images", "fake", "class_id", "identity", "maker", "landmarks", "mask")
+        held = {name: value for name in names if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device, non_blocking=True) for name, value in held.items()}
+        return dataclasses.replace(self, **moved)
 
 
 def chosen(dataset: Dataset, version: Version, config: DataConfig) -> tuple[NDArray[np.bool_], int]:
@@ -263,7 +266,8 @@ def check_world(config: DataConfig, world: int) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Block:
-    """An open record batch. `rows` holds (id, fake, class_id, identity, maker, face_box, landmarks) of each row."""
+    """An open record batch. `rows` holds (id, fake, class_id, identity, maker, face_box, landmarks, face mask)
+    of each row."""
 
     rows: list[tuple[Any, ...]]
     pixels: NDArray[np.uint8] | None  # (rows, H, W, C) view of raw pixels
@@ -281,6 +285,35 @@ class _Block:
     def _bytes(self, row: int) -> bytes:
         assert self.media is not None
         return bytes(self.media[self.ends[row] : self.ends[row + 1]])
+
+
+class _Shown:
+    """Where faces are in the pictures of a batch: `points` (N, 5, 2) and `mask` (N, 1, S, S), None until a row has one."""
+
+    def __init__(self, rows: int, side: int) -> None:
+        self.points = np.full((rows, POINTS, 2), np.nan, np.float32)
+        self.mask: NDArray[np.float32] | None = None
+        self._shape = rows, 1, side, side
+
+    def put(
+        self,
+        slot: int,
+        preprocess: Preprocess,
+        pixels: NDArray[np.uint8],
+        box: Any,
+        marks: list[tuple[float, float]] | None,
+        mask: str | None,
+    ) -> None:
+        """Points and mask of a decoded picture (H, W, C), moved as `preprocess` moves its pixels."""
+        height, width = pixels.shape[:2]
+        if marks and len(marks) == POINTS:
+            self.points[slot] = preprocess.place(marks, (width, height), box)
+        if mask is not None:
+            if self.mask is None:
+                self.mask = np.full(self._shape, np.nan, np.float32)
+            grey = dataclasses.replace(preprocess, channels=1)
+            whole = face_masks.unpacked(mask, width, height)[:, :, None]
+            self.mask[slot, 0] = grey.apply(whole, box, marks)[:, :, 0] / np.float32(255)
 
 
 class _Buffers:
@@ -346,9 +379,9 @@ class _Decoder:
         plan = self._loader.plan(step).tolist()
         side, channels = self._preprocess.size, self._preprocess.channels
         images = self._buffers.take((len(plan), side, side, channels))
-        points = np.full((len(plan), POINTS, 2), np.nan, np.float32) if self._points else None
+        shown = _Shown(len(plan), side) if self._points else None
         epoch = step // self._loader.steps_per_epoch
-        labels = self._fill(images.numpy(), plan, points, epoch)
+        labels = self._fill(images.numpy(), plan, shown, epoch)
         ids = [row[0] for row in labels]
         fake, class_id, identity, maker = (
             torch.tensor([row[1:5] for row in labels]).reshape(-1, 4).long().unbind(1)
@@ -363,17 +396,18 @@ class _Decoder:
             step=step,
             epoch=epoch,
             makers=self._makers,
-            landmarks=None if points is None else torch.from_numpy(points),
+            landmarks=None if shown is None else torch.from_numpy(shown.points),
+            mask=None if shown is None or shown.mask is None else torch.from_numpy(shown.mask),
         )
 
     def _fill(
         self,
         images: NDArray[np.uint8],
         plan: list[list[int]],
-        points: NDArray[np.float32] | None,
+        shown: _Shown | None,
         epoch: int,
     ) -> list[tuple[Any, ...]]:
-        """Decode every row of the plan into its slot, and its points where they are asked for; the labels of each."""
+        """Decode every row of the plan into its slot, and what is shown where that is asked for; the labels of each."""
         blocks = {
             (shard, number): self._block(shard, number) for shard, number in {(s, n) for s, n, _ in plan}
         }
@@ -392,8 +426,8 @@ class _Decoder:
                         box, marks = _followed(box, marks, pixels, worse)
                         pixels = worse
                     images[slot] = self._preprocess.apply(pixels, box, marks)
-                    if points is not None and marks and len(marks) == POINTS:
-                        points[slot] = self._preprocess.place(marks, (pixels.shape[1], pixels.shape[0]), box)
+                    if shown is not None:
+                        shown.put(slot, self._preprocess, pixels, box, marks, label[7])
             except (MediaError, DataError, ValueError) as error:
                 where = f"{self._loader.dataset.store.uri}/{self._shards[shard].key}"
                 raise DataError(f"{where}, id {label[0]}: {error}") from error
@@ -440,7 +474,8 @@ class _Decoder:
         boxes = batch.column("face_box").to_pylist() if self._preprocess.needs_face else nothing
         wanted = self._points or self._preprocess.crop == "aligned"
         marks = batch.column("landmarks").to_pylist() if wanted else nothing
-        rows = list(zip(*columns, boxes, marks, strict=True))
+        masks = face_masks.texts(batch.column("attributes").to_pylist()) if self._points else nothing
+        rows = list(zip(*columns, boxes, marks, masks, strict=True))
         if self._raw_shape:
             flat = batch.column("pixels").flatten().to_numpy(zero_copy_only=True)
             return _Block(rows, flat.reshape(-1, *self._raw_shape), None, [])

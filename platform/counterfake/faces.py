@@ -73,16 +73,18 @@ class FaceDetector:
         max_side: int = 640,
         min_face: float = 0.15,
         eyes: bool = False,
+        landmarks_model: str | Path = "",
     ) -> None:
         """model: file of yunet or ultralight. max_side: larger pictures are searched at this size (speed). min_face:
-        smallest face / shorter side. eyes: look for the eyes of faces found without landmarks, too.
+        smallest face / shorter side. eyes: look for the eyes of faces found without landmarks, too; with landmarks_model, a
+        file of MTCNN's O-Net, for five points instead.
         Raises ConfigError for an unknown method and for a missing model file."""
         if method not in METHODS:
             raise ConfigError(f"face detector {method!r} is unknown; known: {', '.join(METHODS)}")
         self.method: Method = method
         self.max_side, self.min_face = max_side, min_face
         self._finder = _finder(method, model)
-        self._eyes = _Eyes() if eyes else None
+        self._points = _Points(landmarks_model) if str(landmarks_model) else _Eyes() if eyes else None
 
     def detect(self, pixels: Pixels) -> list[Face]:
         """pixels (H, W, 3) or (H, W, 1) uint8 RGB -> faces, the largest first; [] when there is none."""
@@ -101,9 +103,9 @@ class FaceDetector:
         return faces[0] if faces else None
 
     def _finished(self, pixels: Pixels, face: Face) -> Face:
-        if face.landmarks is not None or self._eyes is None:
+        if face.landmarks is not None or self._points is None:
             return face
-        return dataclasses.replace(face, landmarks=self._eyes.find(pixels, face.box))
+        return dataclasses.replace(face, landmarks=self._points.find(pixels, face.box))
 
 
 # -- cropping and aligning -------------------------------------------------------------------------------------------
@@ -355,6 +357,51 @@ class _Eyes:
             if pair is not None:
                 return [(left + x / scale, top + y / scale) for x, y in pair]
         return None
+
+
+class _Points:
+    """nets/onet.py on the face box made square, and again on the box it answers with, which is the one it was trained on."""
+
+    SURE = 0.7  # least score of the better of the two looks
+
+    def __init__(self, weights: str | Path) -> None:
+        import torch  # only this needs it
+
+        from counterfake.nets import onet
+
+        self._torch, self._side = torch, onet.SIDE
+        self._net = onet.OnetConfig(weights=str(weights)).build()
+
+    def find(self, pixels: Pixels, box: Box) -> list[Point] | None:
+        """Five points in the picture's pixels, left to right as seen; None if this is no face to it."""
+        colour, best = _colour(pixels), None
+        x, y, width, height = box
+        corners = np.array([x, y, x + width, y + height])
+        for _ in range(2):
+            side = float(max(corners[2:] - corners[:2], key=float))
+            origin = (corners[:2] + corners[2:] - side) / 2
+            score, moves, points = self._look(colour, origin, side)
+            if best is None or score > best[0]:
+                best = score, origin + side * points
+            corners = np.concatenate([origin, origin + side]) + side * moves
+            if not (corners[2:] - corners[:2] >= 1).all():
+                break
+        assert best is not None, "looked at least once"
+        return [(float(px), float(py)) for px, py in best[1]] if best[0] >= self.SURE else None
+
+    def _look(
+        self, pixels: Pixels, origin: NDArray[np.float64], side: float
+    ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+        """(score, moves (4,), points (5, 2)) of the square of `side` pixels at `origin`, what lies outside repeated."""
+        (left, top), reach = np.rint(origin).astype(int), max(1, round(side))
+        height, width = pixels.shape[:2]
+        rows = np.clip(np.arange(top, top + reach), 0, height - 1)
+        columns = np.clip(np.arange(left, left + reach), 0, width - 1)
+        square = _resized(np.ascontiguousarray(pixels[rows[:, None], columns]), self._side, self._side)
+        crop = (self._torch.from_numpy(square).permute(2, 0, 1)[None].float() - 127.5) / 128
+        with self._torch.inference_mode():
+            score, moves, points = (out[0].double().numpy() for out in self._net(crop))
+        return float(score), moves, points
 
 
 def _pair(centres: Sequence[Point], side: int) -> tuple[Point, Point] | None:

@@ -33,10 +33,13 @@ class Recipe:
     )
     faces: Literal["", "cascade", "cascade-default", "yunet", "ultralight"] = ""  # "" = no face is looked for
     faces_model: str = ""  # file of yunet or ultralight
+    landmarks_model: str = ""  # file of MTCNN's O-Net: five points of each face; "" = its eyes
     fingerprint: bool = True  # store the perceptual hash by which near-copies are found
 
     def __post_init__(self) -> None:
         encoder(self.encode)
+        if self.landmarks_model and not self.faces:
+            raise ConfigError("landmarks_model finds points in faces that were found; set faces=cascade too")
 
 
 class Preparer:
@@ -45,7 +48,11 @@ class Preparer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._detector = (
-            FaceDetector(recipe.faces, model=recipe.faces_model, eyes=True) if recipe.faces else None
+            FaceDetector(
+                recipe.faces, model=recipe.faces_model, eyes=True, landmarks_model=recipe.landmarks_model
+            )
+            if recipe.faces
+            else None
         )
 
     def __call__(self, item: Sample | Skipped) -> Sample | Skipped:

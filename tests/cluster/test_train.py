@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from counterfake import bundle
-from counterfake.cluster import session
+from counterfake.cluster import session, train
 from counterfake.cluster.train import TrainResult, fit
 from counterfake.config import override
 from counterfake.data import DataConfig
-from counterfake.errors import ClusterError, ConfigError, NonFiniteError, NotFoundError
+from counterfake.errors import ClusterError, ConfigError, NonFiniteError, NotFoundError, TrackingError
 from counterfake.images import Preprocess
 from counterfake.learners.gan import GanConfig
 from counterfake.loop import LoopConfig, Tick, TrainJob
 from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
 from counterfake.records import Sample, SplitRule, write_version
-from counterfake.tracking import Tracker
+from counterfake.tracking import Run, Tracker
 from counterfake.workspace import Workspace
 
 pytestmark = pytest.mark.cluster
@@ -167,10 +167,11 @@ def test_a_worker_larger_than_every_node_is_refused_at_once(monkeypatch: pytest.
         group._check_resources(job("wide", workers=1, cpus_per_worker=3.0))
 
 
-def test_without_workers_a_killed_run_goes_on_where_it_was(shared: Workspace) -> None:
-    class Gone(BaseException):
-        """Stands for the power cut."""
+class Gone(BaseException):
+    """Stands for the power cut."""
 
+
+def test_without_workers_a_killed_run_goes_on_where_it_was(shared: Workspace) -> None:
     def cut(tick: Tick) -> None:
         if tick.step == 2 * TICK:
             raise Gone
@@ -185,6 +186,49 @@ def test_without_workers_a_killed_run_goes_on_where_it_was(shared: Workspace) ->
     assert resumed.weights_digest == whole.weights_digest
     history = Tracker.at(shared).history(resumed.run_id, "d_loss")
     assert [step for step, _ in history] == list(range(TICK, STEPS + 1, TICK))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("written", [False, True], ids=["no-result-yet", "result-written"])
+def test_a_run_cut_off_at_its_very_end_is_ended_by_the_next_fit(
+    request: pytest.FixtureRequest, shared: Workspace, workers: int, written: bool
+) -> None:
+    if workers:
+        request.getfixturevalue("ray_local")
+    loop = LoopConfig(steps=TICK, tick_steps=TICK, threads=1)
+    settings = job(f"cut-{workers}-{written}", workers=workers, loop=loop)
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise Gone
+
+    training = "run_on_ray" if workers else "run_here"
+    train_all = getattr(train, training)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Gone):
+        patch.setattr(Run, "finish", cut)  # whoever is killed tells MLflow nothing
+        if not written:
+            patch.setattr(train, training, lambda *order: cut(train_all(*order)))
+        fit(settings, shared)
+    tracker = Tracker.at(shared)
+    [run_id] = tracker.find("gan", {"mlflow.runName": settings.name})
+    assert tracker.read(run_id)["status"] == "RUNNING"
+    result = fit(settings, shared)
+    assert (result.run_id, result.steps, result.reused) == (run_id, TICK, written)
+    assert tracker.read(run_id)["status"] == "FINISHED"
+    assert "result.json" in tracker.files(run_id)
+    assert tracker.find("gan", {"mlflow.runName": settings.name}) == [run_id]
+
+
+def test_a_finished_result_needs_no_mlflow(shared: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = job("offline", loop=LoopConfig(steps=TICK, tick_steps=TICK, threads=1))
+    result = fit(settings, shared)
+    elsewhere = dataclasses.replace(shared, tracking_uri="http://127.0.0.1:1")
+    assert fit(settings, elsewhere) == dataclasses.replace(result, reused=True)
+
+    def away(*_: Any) -> None:
+        raise TrackingError("MLflow does not answer")
+
+    monkeypatch.setattr(Tracker, "read", away)
+    assert fit(settings, shared) == dataclasses.replace(result, reused=True)
 
 
 def test_only_the_newest_checkpoints_are_kept(shared: Workspace) -> None:

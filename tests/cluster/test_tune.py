@@ -102,6 +102,25 @@ def test_a_search_finds_records_and_returns_the_best(
     assert again == dataclasses.replace(result, reused=True)
 
 
+def test_a_process_that_dies_between_two_trials_costs_none(ray_local: object, prepared: Workspace) -> None:
+    told: list[str] = []
+
+    def kill_once(
+        text: str,
+    ) -> None:  # Tune is about to hand the process of the trial that ended to the next one
+        if not told:
+            for trial in _trials_of(os.getsid(0)):
+                os.kill(trial, signal.SIGKILL)
+        told.append(text)
+
+    result = search(job("between"), SPACE, prepared, trials=3, scheduler="none", on_progress=kill_once)
+    assert any("failed" in text for text in told)  # Tune gave one up
+    assert [(t.state, t.steps) for t in result.trials] == [("finished", 8)] * 3
+    tracker = Tracker.at(prepared)
+    runs = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": result.run_id})]
+    assert [run["status"] for run in runs] == ["FINISHED"] * 3
+
+
 def test_a_trial_may_be_a_ray_train_run_of_its_own(ray_local: object, prepared: Workspace) -> None:
     result = search(job("workers", steps=4, workers=2), SPACE, prepared, trials=1)
     assert result.concurrent == 1  # two workers fill the two CPUs; the trial itself holds none
@@ -122,7 +141,7 @@ def test_a_population_goes_on_from_the_best_ones_checkpoint(ray_local: object, p
     clones = [run for run in runs if "-from-" in run["name"]]
     assert clones  # three trials, three exchanges: somebody lagged
     for clone in clones:
-        step = int(clone["name"].rpartition("-")[2])
+        step = int(clone["name"].split("-")[-2])
         history = tracker.history(clone["run_id"], "loss")
         assert all(at > step for at, _ in history)  # the donor's steps are not trained again
         if history:
@@ -204,7 +223,8 @@ order = json.loads(sys.argv[1])
 workspace = config.from_dict(Workspace, order["workspace"])
 job, space = config.from_dict(TrainJob, order["job"]), SearchSpace(settings=order["space"])
 with session.session(workspace, cpus=2):
-    result = search(job, space, workspace, trials=8, scheduler="none", on_progress=lambda s: print(s, flush=True))
+    how = {"trials": order["trials"], "scheduler": order["scheduler"]}
+    result = search(job, space, workspace, **how, on_progress=lambda s: print(s, flush=True))
     from ray.util import placement_group_table
     for _ in range(50):  # Ray removes them behind our back
         groups = sorted({group["state"] for group in placement_group_table().values()})
@@ -219,26 +239,19 @@ print(json.dumps([result.run_id, found, groups, result.cpu_hours]), flush=True)
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("crash", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_eight_trials_survive_a_killed_driver_and_a_crash(prepared: Workspace, crash: bool) -> None:
-    """TU-1: all finish, none twice, no placement group leaks. With a crash the search once ended too early (EXPERIMENTS 2026-11-28)."""
-    order = {
-        "workspace": config.to_dict(prepared),
-        "job": config.to_dict(job("killed", steps=16)),
-        "space": {path: dict(domain) for path, domain in SPACE.settings.items()},
-    }
-    command = [sys.executable, "-c", _SCRIPT, json.dumps(order)]
+def test_eight_trials_survive_a_killed_driver_and_a_crash(prepared: Workspace) -> None:
+    """TU-1: all finish, none twice, no placement group leaks. The crash takes every trial in flight."""
+    command = _command(prepared, job("killed", steps=16), trials=8, scheduler="none")
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert first.stdout is not None
     try:
         _read_until(first.stdout, "trial 1:")  # one trial is done, others are not
-        if crash:
-            os.kill(_a_trial_of(first.pid), signal.SIGKILL)
-            _read_until(first.stdout, "trial 2:")
+        for trial in _trials_of(first.pid):
+            os.kill(trial, signal.SIGKILL)
+        _read_until(first.stdout, "trial 2:")
         time.sleep(2)  # so often the state of the search is written
     finally:
-        os.killpg(first.pid, signal.SIGKILL)  # the driver and its raylet, GCS and workers
-        first.wait()
+        _kill_all(first)
     state = open_store(_search_of(prepared, "killed"))
     assert not state.exists("result.json")  # there is something left to do
     spending = open_store(state.uri.replace("/searches/", "/spending/"))
@@ -258,21 +271,74 @@ def test_eight_trials_survive_a_killed_driver_and_a_crash(prepared: Workspace, c
     assert not [c for c in children if c["status"] == "RUNNING"]
 
 
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_population_survives_a_killed_driver(prepared: Workspace) -> None:
+    """Killed at its first exchange, of which Tune's state knows nothing yet."""
+    command = _command(prepared, job("population-killed", steps=16), trials=4, scheduler="pbt")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    tracker = Tracker.at(prepared)
+    try:
+        while not (begun := _runs_of(prepared, "population-killed", "-from-")):
+            assert first.poll() is None, "the search ended before any exchange"
+            time.sleep(0.1)
+    finally:
+        _kill_all(first)
+    begun |= _runs_of(prepared, "population-killed", "")
+    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=500, check=True)
+    run_id, found, groups, _ = json.loads(second.stdout.splitlines()[-1])
+    names = [name for name, _, _ in found]
+    assert len(set(names)) == 4
+    assert {(state, steps) for _, state, steps in found} == {("finished", 16)}
+    assert groups == ["REMOVED"]
+    children = [tracker.read(r) for r in tracker.find("detector", {"mlflow.parentRunId": run_id})]
+    assert len({c["name"] for c in children}) == len(children)  # no run was begun twice
+    assert begun <= {c["run_id"] for c in children}
+    originals = [c["name"].rpartition("-")[2] for c in children if "-from-" not in c["name"]]
+    assert sorted(originals) == sorted(names)  # the trials are those that were killed
+    assert not [c for c in children if c["status"] == "RUNNING"]
+
+
+def _command(workspace: Workspace, base: TrainJob, *, trials: int, scheduler: str) -> list[str]:
+    order = {
+        "workspace": config.to_dict(workspace),
+        "job": config.to_dict(base),
+        "space": {path: dict(domain) for path, domain in SPACE.settings.items()},
+        "trials": trials,
+        "scheduler": scheduler,
+    }
+    return [sys.executable, "-c", _SCRIPT, json.dumps(order)]
+
+
+def _kill_all(search: subprocess.Popen[str]) -> None:
+    """The driver and its raylet, GCS and workers."""
+    os.killpg(search.pid, signal.SIGKILL)
+    search.wait()
+
+
+def _runs_of(workspace: Workspace, search: str, part: str) -> set[str]:
+    """Ids of the MLflow runs of the trials of a search, of those with `part` in their name."""
+    store = open_store(workspace.training)
+    folders = {entry.key for entry in store.list(f"{search}-search-") if entry.key.endswith("/run.json")}
+    return {json.loads(store.read(key))["run_id"] for key in folders if part in key}
+
+
 def _read_until(lines: Iterable[str], wanted: str) -> None:
     """Past the line that has `wanted`; Ray says of a crash what it has to say in between."""
     assert any(wanted in line for line in lines), f"the search ended without {wanted}"
 
 
-def _a_trial_of(session: int) -> int:
-    """The process of a trial of the search that leads this session, once there is one; Ray gives each its own group."""
-    for _ in range(200):
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                inside = entry.name.isdigit() and os.getsid(int(entry.name)) == session
-                if inside and b"ImplicitFunc" in (entry / "cmdline").read_bytes():
-                    return int(entry.name)
-        time.sleep(0.1)
-    raise AssertionError("no trial runs")
+def _trials_of(session: int) -> list[int]:
+    """The processes of the trials of the search that leads this session; Ray gives each its own group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            inside = entry.name.isdigit() and os.getsid(int(entry.name)) == session
+            if inside and b"ImplicitFunc" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    assert found, "no trial runs"
+    return found
 
 
 def _search_of(space: Workspace, name: str) -> str:

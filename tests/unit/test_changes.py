@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from counterfake import faces, media, quality
+from counterfake import face_masks, faces, media, quality
 from counterfake.changes import Change
 from counterfake.errors import ConfigError
 from counterfake.fingerprint import perceptual_hash
@@ -46,6 +46,17 @@ def test_a_face_is_cut_out_with_its_margin_and_its_box_moves_along(row: Sample) 
     assert (found.face_margin, found.attributes["original"]) == (1.5, row.id)
     assert found.id not in ("", row.id)
     assert (found.fake, found.identity, found.split) == (row.fake, row.identity, row.split)
+
+
+def test_the_face_mask_is_cut_with_the_picture(row: Sample) -> None:
+    assert row.face_box is not None
+    mask = face_masks.unpacked(row.attributes[face_masks.NAME], 96, 126)
+    found = changed("crop-faces:1.2", row)
+    height, width = media.decode(found.media).shape[:2]
+    left, top, right, bottom = faces.crop_box(row.face_box, 1.2, (96, 126))
+    moved = face_masks.unpacked(found.attributes[face_masks.NAME], width, height)
+    assert ((moved > 127) == (mask[top:bottom, left:right] > 127)).mean() > 0.97
+    assert changed("resize:64", row).attributes[face_masks.NAME] == row.attributes[face_masks.NAME]
 
 
 def test_the_longer_side_is_brought_to_the_size_asked_for(row: Sample) -> None:

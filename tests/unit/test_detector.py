@@ -18,7 +18,15 @@ from counterfake.data import Batch
 from counterfake.errors import ConfigError, DataError
 from counterfake.learners import LearnerContext, detector
 from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jittered, jpeg
-from counterfake.learners.detector import DetectorConfig, DetectorLearner, _climbed, _figures, _loss, schedule
+from counterfake.learners.detector import (
+    DetectorConfig,
+    DetectorLearner,
+    _climbed,
+    _figures,
+    _loss,
+    schedule,
+    thawing,
+)
 from counterfake.nets import NetConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.nets.probe import ProbeConfig
@@ -133,7 +141,7 @@ def run(learner: DetectorLearner, first: int, last: int) -> list[dict[str, float
 
 def test_the_detector_learns_and_validation_keeps_the_best_weights() -> None:
     learner = make_learner()
-    metrics = run(learner, 0, 60)
+    metrics = run(learner, 0, 90)
     assert np.mean([m["loss"] for m in metrics[-5:]]) < 0.5 * metrics[0]["loss"]
     held_out = [make_batch(1000), make_batch(1001)]
     good = learner.validate(held_out)
@@ -311,7 +319,7 @@ def test_a_probe_trains_its_last_layer_only() -> None:
 @pytest.mark.parametrize("changes", [{"optimizer": "sgd", "lr": 0.05}, {"sam_rho": 0.05}], ids=["sgd", "sam"])
 def test_other_optimizers_learn_and_resume_bit_for_bit(changes: dict[str, object]) -> None:
     whole = make_learner(**changes)
-    metrics = run(whole, 0, 20)
+    metrics = run(whole, 0, 40)
     assert np.mean([m["loss"] for m in metrics[-5:]]) < 0.8 * metrics[0]["loss"]
     whole, first, second = (make_learner(**changes) for _ in range(3))
     run(whole, 0, 4)
@@ -341,10 +349,59 @@ def test_blended_rows_count_as_fakes_and_can_replace_them() -> None:
     assert min(learner._seen.tolist()) > 0
 
 
+def test_composites_need_points_and_count_as_fakes() -> None:
+    learner = make_learner(**{"composites.share": 0.5})
+    with pytest.raises(ConfigError, match=r"data\.landmarks=true"):
+        learner.step(make_batch(0, fakes=0))
+    for step in range(3):
+        dist.seed_step(0, step)
+        batch = make_batch(step, fakes=0)
+        eyes = torch.tensor([[10.0, 12.0], [20.0, 12.0], *[[math.nan] * 2] * 3])
+        metrics = learner.step(replace(batch, landmarks=eyes.expand(len(batch), 5, 2).clone()))
+    assert math.isfinite(float(metrics["loss"]))
+    assert min(learner._seen.tolist()) > 0
+
+
+def test_composites_of_rows_without_faces_are_refused_by_name() -> None:
+    learner = make_learner(**{"composites.share": 0.5})
+    with pytest.raises(DataError, match="ingest with --set faces=cascade"):
+        for step in range(200):
+            batch = make_batch(step)
+            unknown = torch.full((len(batch), 5, 2), math.nan)
+            learner.step(replace(batch, landmarks=unknown))
+
+
+def test_frozen_norms_keep_their_statistics_and_their_weights_still_learn() -> None:
+    for frozen in (True, False):
+        learner = make_learner(frozen_norms=frozen)
+        before = {name: value.clone() for name, value in learner.net.features.state_dict().items()}
+        run(learner, 0, 2)
+        after = learner.net.features.state_dict()
+        same = [torch.equal(before[name], after[name]) for name in before if name.endswith("running_mean")]
+        assert same
+        assert all(same) if frozen else not any(same)
+        assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
 def test_the_schedule_counts_images_up_then_down() -> None:
     config = DetectorConfig(warmup_images=100, final_lr_factor=0.1)
     factors = [schedule(seen, 1100, config) for seen in (0, 49, 100, 600, 1100, 5000)]
     assert factors == pytest.approx([0.01, 0.5, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_features_thaw_slowly_after_the_head_learned_alone() -> None:
+    config = DetectorConfig(freeze_images=200, warmup_images=100)
+    assert [thawing(seen, config) for seen in (0, 199, 200, 249, 299, 5000)] == pytest.approx(
+        [0, 0, 0.01, 0.5, 1, 1]
+    )
+    assert thawing(0, DetectorConfig(warmup_images=100)) == 1  # never frozen: one warm-up is enough
+    learner = make_learner(freeze_images=32, warmup_images=64, features_lr_factor=0.5)
+    rates = []
+    for step in range(4):
+        learner.step(make_batch(step))
+        rates.append({group["part"]: group["lr"] for group in learner.optimizer.param_groups})
+    assert [rate["features"] for rate in rates[:2]] == [0, 0]
+    assert 0 < rates[2]["features"] < rates[3]["features"] < 0.5 * rates[3]["head"]
 
 
 def test_balance_weighs_both_classes_alike_and_unknown_labels_not_at_all() -> None:

@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,11 @@ from counterfake.errors import CheckpointError, ConfigError, DataError
 from counterfake.faces import EYES, Box, Face, FaceDetector, Track, align, alignment, crop, crop_box, track
 from counterfake.images import Preprocess
 from counterfake.nets import ultralight
+from counterfake.nets.onet import OnetConfig
 from counterfake.sources.synthetic import portrait
+
+# eyes, nose tip and corners of the mouth in FFHQ's cut, in shares of its side: medians over 120 pictures
+FFHQ_POINTS = ((0.375, 0.469), (0.625, 0.469), (0.5, 0.618), (0.382, 0.733), (0.618, 0.733))
 
 
 def test_the_cascade_finds_most_procedural_faces_where_they_are() -> None:
@@ -154,6 +159,58 @@ def test_ultralight_finds_nothing_in_nothing_and_keeps_the_aspect_ratio(slim: Pa
     assert alone is not None
     assert beside is not None
     assert faces.overlap(alone.box, (beside.box[0] - 500, *beside.box[1:])) > 0.6
+
+
+# -- points ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def onet(shared_data: Path) -> Path:
+    return shared_data / "weights" / "mtcnn" / "onet.pt"
+
+
+def test_o_net_has_the_papers_size_and_needs_its_file(tmp_path: Path) -> None:
+    assert sum(p.numel() for p in OnetConfig().build().parameters()) == 389_040
+    with pytest.raises(ConfigError, match=r"onet\.pt"):
+        FaceDetector(landmarks_model=tmp_path / "gone")
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="junk"):
+        FaceDetector(landmarks_model=tmp_path / "junk")
+
+
+def test_five_points_of_photographs_lie_where_ffhq_put_them(
+    onet: Path, slim: Path, shared_data: Path
+) -> None:
+    """FFHQ's pictures were cut so that eyes and mouth come to rest: the medians are its template, the spread is small."""
+    with tarfile.open(shared_data / "stylegan_ffhq" / "images.tar.gz") as archive:
+        members = (archive.extractfile(info) for info in archive if info.name.endswith(".jpg"))
+        pictures = [media.decode(file.read()) for file, _ in zip(members, range(24), strict=False) if file]
+    detector = FaceDetector("ultralight", model=slim, landmarks_model=onet)
+    found = [face.landmarks for p in pictures if (face := detector.largest(p)) and face.landmarks]
+    points = np.array(found) / 256
+    assert points.shape[0] >= 22
+    assert points.shape[1:] == (5, 2)
+    middle = np.median(points, axis=0)
+    assert middle == pytest.approx(np.array(FFHQ_POINTS), abs=0.03)
+    assert np.median(np.abs(points[:, :2] - middle[:2])) < 0.015  # the eyes: what FFHQ aligned by
+
+
+def test_points_are_found_at_any_size_and_where_the_picture_ends(onet: Path, shared_data: Path) -> None:
+    with tarfile.open(shared_data / "stylegan_ffhq" / "images.tar.gz") as archive:
+        member = next(m for m in archive if m.name.endswith(".jpg"))
+        file = archive.extractfile(member)
+        assert file is not None
+        small = media.decode(file.read())
+    large = cv2.resize(small, (1024, 1024), interpolation=cv2.INTER_CUBIC)
+    detector = FaceDetector(landmarks_model=onet)
+    a, b = detector.largest(small), detector.largest(large)
+    assert a is not None
+    assert b is not None
+    assert np.array(a.landmarks) == pytest.approx(np.array(b.landmarks) / 4, abs=6)
+    assert detector._points is not None
+    for box in ((200.0, 200.0, 500.0, 500.0), (0.0, 0.0, 1.0, 1.0)):  # beyond the border; a dot
+        points = detector._points.find(small, box)
+        assert points is None or len(points) == 5
 
 
 # -- eyes ------------------------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ DESIGNS = {
 def test_every_design_learns_to_rebuild(name: str) -> None:
     learner = make_design(name)
     errors = []
-    for step in range(40):
+    for step in range(60):
         dist.seed_step(0, step)
         batch = make_batch(step)
         learner.step(batch)
@@ -313,6 +313,20 @@ def test_eyes_and_mouth_count_as_often_as_they_are_told_to() -> None:
     weights, face = masked._weights(lesson), lesson.face
     assert weights is not None
     torch.testing.assert_close(weights, face + 0.02 * (1 - face))
+
+
+def test_the_face_is_the_rows_own_mask_where_it_has_one() -> None:
+    learner = make_learner(**{"losses.mask": 1.0})
+    batch = make_batch()
+    ellipse = learner._where(batch)
+    batch.mask = torch.full((len(batch), 1, *batch.images.shape[2:]), torch.nan)
+    batch.mask[:2] = 0.25
+    maps = learner._where(batch)
+    assert ellipse is not None
+    assert maps is not None
+    assert (maps[:2, 0] == 0.25).all()
+    torch.testing.assert_close(maps[2:, 0], ellipse[2:, 0])
+    torch.testing.assert_close(maps[:, 1:], ellipse[:, 1:])
 
 
 # -- guards ---------------------------------------------------------------------------------------------------------
@@ -391,7 +405,8 @@ def test_two_workers_have_the_updates_of_one_and_stay_together(tmp_path: Path) -
     one = torch.cat([p.detach().flatten() for m in (alone.net, alone.critic) for p in m.parameters()])
     assert images == alone.images == 36
     assert a == b
-    torch.testing.assert_close(torch.tensor(a), one, atol=2e-5, rtol=1e-3)
+    # a tenth of one update: where a gradient is almost 0, Adam makes much of the order of a sum
+    torch.testing.assert_close(torch.tensor(a), one, atol=2e-4, rtol=1e-3)
 
 
 def _half(batch: Batch, rank: int) -> Batch:

@@ -237,6 +237,30 @@ def test_faces_are_found_where_the_source_knows_none(workspace: Workspace, tmp_p
     assert {s.face_method for s in found} == {"cascade"}
 
 
+def test_five_points_of_each_face_where_a_model_is_given(
+    workspace: Workspace, tmp_path: Path, shared_data: Path
+) -> None:
+    root = tmp_path / "in" / "real"
+    root.mkdir(parents=True)
+    with tarfile.open(shared_data / "stylegan_ffhq" / "images.tar.gz") as archive:
+        for member in [m for m in archive if m.name.endswith(".jpg")][:6]:
+            file = archive.extractfile(member)
+            assert file is not None
+            (root / Path(member.name).name).write_bytes(file.read())
+    weights = str(shared_data / "weights" / "mtcnn" / "onet.pt")
+    everything = SplitRule(fractions={"train": 1.0})
+    run(pictures(root.parent, faces="cascade", landmarks_model=weights, splits=everything), workspace)
+    found = list(Dataset.open(workspace.dataset("pictures")).samples(None, "train"))
+    points = [sample.landmarks for sample in found if sample.landmarks]
+    assert len(points) >= 4
+    assert {len(each) for each in points} == {10}
+
+
+def test_points_without_faces_are_refused() -> None:
+    with pytest.raises(ConfigError, match="set faces=cascade"):
+        IngestJob(source=SMALL, into="x", landmarks_model="onet.pt")
+
+
 def test_the_result_does_not_depend_on_threads(tmp_path: Path) -> None:
     digests = set()
     for threads in (1, 3):

@@ -11,6 +11,7 @@ from counterfake.config import from_dict, to_dict
 from counterfake.errors import ConfigError, DataError
 from counterfake.nets import NetConfig
 from counterfake.nets.swap import (
+    Centres,
     SwapConfig,
     SwapDecoder,
     SwapEncoder,
@@ -156,6 +157,41 @@ def test_skips_finer_than_8_are_refused() -> None:
         net = SwapUnetConfig(identities=("a", "b")).build()
     assert net.decoders[0].up[0].conv.in_channels == 512 + 512  # codes and features, both 8×8
     assert SwapUnetConfig(skip_side=4).code_side == 4
+
+
+def test_a_swap_moves_codes_to_where_the_targets_lie() -> None:
+    torch.manual_seed(0)
+    centres = Centres(2, 4)
+    spread, middle = torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [-2.0]])
+    who = torch.arange(64) % 2
+    for _ in range(800):
+        centres(spread[who] * torch.randn(64, 4) + middle[who], who, None)
+    centres.eval()
+    mine = torch.randn(1000, 4) + 5
+    yours = centres(mine, torch.ones(1000).long(), torch.zeros(1000).long())
+    torch.testing.assert_close(yours, 3 * (mine - 5) - 2, atol=1.0, rtol=0)
+    torch.testing.assert_close(yours.mean(dim=0), torch.full((4,), -2.0), atol=0.4, rtol=0)
+    torch.testing.assert_close(yours.std(dim=0), torch.full((4,), 3.0), atol=0.4, rtol=0)
+
+
+def test_a_face_that_stays_itself_keeps_its_code_and_so_does_one_of_nobody_known() -> None:
+    _, net = built(SwapConfig)
+    faces, who = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    net.train()(faces, who)
+    assert float(net.centres.moments.abs().sum()) > 0
+    net.eval()
+    alone, known, others = net(faces, who), net(faces, who, who), net(faces, who, who.roll(1))
+    assert torch.equal(alone.face, known.face)
+    assert not torch.equal(alone.face, others.face)
+
+
+def test_a_model_of_before_there_were_centres_loads_and_moves_no_code() -> None:
+    _, net = built(SwapConfig)
+    old = {name: value for name, value in net.state_dict().items() if not name.startswith("centres")}
+    _, again = built(SwapConfig)
+    again.eval().load_state_dict(old)
+    faces, who = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(again(faces, who, who.roll(1)).face, again(faces, who).face)
 
 
 def test_a_skip_carries_what_the_code_does_not() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from counterfake import checkpoint, dist, loop
+from counterfake import checkpoint, dist, loop, media
 from counterfake.cluster import worker
 from counterfake.cluster.worker import Order, _Reporter, _rolled_back
 from counterfake.config import from_dict, override, to_dict
@@ -24,8 +24,8 @@ from counterfake.learners.swap_guard import Guard
 from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.swap import SwapConfig, SwapMaskConfig
 from counterfake.nets.swap_family import parameters
-from counterfake.records import Dataset, SplitRule, write_version
-from counterfake.sources.synthetic import SyntheticSource
+from counterfake.records import Dataset, Sample, SplitRule, write_version
+from counterfake.sources.synthetic import SyntheticSource, portrait
 from counterfake.workspace import Workspace
 from jobs import consent, train_swap
 
@@ -254,6 +254,46 @@ def test_the_loader_gives_points_where_the_crop_moved_them(
     if crop == "aligned":
         torch.testing.assert_close(eyes[:, 0, 1], eyes[:, 1, 1], atol=1e-3, rtol=0)
         assert float(eyes.std(dim=0).max()) < 1e-2  # at fixed places
+
+
+@pytest.mark.parametrize("crop", ["face", "aligned", "none", "center"])
+def test_the_loader_cuts_the_mask_as_it_cuts_the_picture(workspace: Workspace, crop: str) -> None:
+    """Rows whose picture is their own mask, so that both must agree."""
+    made = []
+    for person in range(8):
+        sample = SyntheticSource(size=96).sample(person, 0)
+        white = portrait(0, person, 0, 96).face_mask[:, :, None].repeat(3, axis=2)
+        made.append(dataclasses.replace(sample, id="", image=media.encode(white, "png")))
+    write(workspace, made)
+    preprocess = Preprocess(size=64, crop=crop, margin=1.4)  # type: ignore[arg-type]
+    data = DataConfig(uri=workspace.dataset("faces"), batch_size=8, preprocess=preprocess, landmarks=True)
+    batch = next(Loader(data).batches())
+    assert batch.mask is not None
+    assert batch.mask.shape == (8, 1, 64, 64)
+    shown, known = batch.images[:, :1] > 127, batch.mask > 0.5
+    assert float((shown & known).sum() / (shown | known).sum()) > 0.94
+
+
+def test_rows_without_a_mask_say_so(workspace: Workspace) -> None:
+    made = [SyntheticSource(size=48).sample(person, 0) for person in range(8)]
+    bare = [dataclasses.replace(sample, attributes={}) for sample in made]
+    write(workspace, [*made[:3], *bare[3:]])
+    data = DataConfig(
+        uri=workspace.dataset("faces"), batch_size=8, preprocess=Preprocess(size=24), landmarks=True
+    )
+    batch = next(Loader(data).batches())
+    assert batch.mask is not None
+    unknown = batch.mask.isnan()
+    assert int(unknown.all(dim=(1, 2, 3)).sum()) == 5
+    assert int(unknown.any(dim=(1, 2, 3)).sum()) == 5
+    assert next(Loader(dataclasses.replace(data, landmarks=False)).batches()).mask is None
+    write(workspace, bare)  # as datasets were before rows had masks
+    assert next(Loader(data).batches()).mask is None
+
+
+def write(workspace: Workspace, made: list[Sample]) -> None:
+    facts = {made[0].source: {"licence": "CC0-1.0", "consent": "synthetic"}}
+    write_version(workspace.dataset("faces"), made, sources=facts, splits=SplitRule(fractions={"train": 1.0}))
 
 
 # -- going back -----------------------------------------------------------------------------------------------------

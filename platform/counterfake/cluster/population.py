@@ -1,10 +1,10 @@
 """Population-based training: a trial that lags goes on from a better one's checkpoint, with that one's settings a little changed.
 
 Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846, by Ray Tune's scheduler. Between two exchanges a trial is an ordinary
-training run; an exchange begins a new one, `<trial>-from-<donor>-<step>`, whose folder holds the donor's checkpoint before it
-starts, so that it resumes as any run resumes. Tune carries the checkpoints and beside each says whose it is. Different from the
-paper: every setting stays inside the search space. Exchanges depend on which trial reports first, so that a second search
-with the same seed is another one.
+training run; an exchange begins a new one, `<trial>-from-<donor>-<step>-<digest of the settings>`, whose folder holds the
+donor's checkpoint before it starts, so that it resumes as any run resumes. Tune carries the checkpoints and beside each says
+whose it is. Different from the paper: every setting stays inside the search space. Exchanges depend on which trial reports
+first, so that a second search with the same seed is another one, and so is what a killed search does again.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def begin(job: TrainJob, settings: Mapping[str, Any], trial: str, workspace: Wor
         donor = json.loads((Path(folder) / LINEAGE).read_text())
         if donor["trial"] == trial and donor["settings"] == json.loads(json.dumps(settings)):
             return dataclasses.replace(job, name=donor["run"])  # its own: it only waited
-        short = donor["trial"].rpartition("_")[2]
-        job = dataclasses.replace(job, name=f"{job.name}-from-{short}-{donor['step']}")
+        origin = f"{donor['trial'].rpartition('_')[2]}-{donor['step']}-{config.digest(settings)[:6]}"
+        job = dataclasses.replace(job, name=f"{job.name}-from-{origin}")
         store = run_folder(job, workspace)
         if not any(True for _ in store.list("checkpoints/")):
             store.publish(Path(folder) / "checkpoint", f"checkpoints/step-{donor['step']:08d}")

@@ -20,7 +20,7 @@ from counterfake.cluster.group import run_on_ray
 from counterfake.cluster.here import run_here
 from counterfake.cluster.worker import Order, Progress
 from counterfake.data import DataConfig, Loader
-from counterfake.errors import ConfigError
+from counterfake.errors import ConfigError, TrackingError
 from counterfake.loop import TrainJob
 from counterfake.records import Dataset
 from counterfake.storage import Store, open_store
@@ -74,7 +74,9 @@ def fit(
         logger.info(
             "%s was finished before; this is its result (another seed, name or setting makes a new run)", name
         )
-        return _finish(job, workspace, store, json.loads(store.read("result.json")), reused=True)
+        result = json.loads(store.read("result.json"))
+        _end_run(workspace, store, result)
+        return _finish(job, workspace, store, result, reused=True)
     run = _open_run(job, workspace, store, name, dataset, parent_run, allowed)
     order = Order(
         job=job,
@@ -179,6 +181,20 @@ def _open_run(
     run.json("job.json", config.to_dict(job))
     store.put("run.json", config.canonical_json({"run_id": run.id, "tracking_uri": workspace.tracking_uri}))
     return run
+
+
+def _end_run(workspace: Workspace, store: Store, result: dict[str, Any]) -> None:
+    """End the MLflow run of a finished training whose driver was killed before it could.
+
+    The result does not need MLflow: where that is away, or another one by now, the run stays as it is."""
+    if json.loads(store.read("run.json"))["tracking_uri"] != workspace.tracking_uri:
+        return
+    try:
+        if Tracker.at(workspace).read(result["run_id"])["status"] != "FINISHED":
+            with Run(workspace.tracking_uri, result["run_id"]) as run:
+                run.json("result.json", result)
+    except TrackingError as error:
+        logger.warning("%s is finished, but its MLflow run may not say so: %s", result["name"], error)
 
 
 def _finish(

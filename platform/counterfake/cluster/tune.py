@@ -39,7 +39,11 @@ logger = logging.getLogger(__name__)
 
 Scheduler = Literal["asha", "pbt", "none"]
 
-MAX_FAILURES = 3  # restarts of a crashed trial, each from its last checkpoint; Ray counts a crash once per call in flight
+MAX_FAILURES = 3  # restarts of a crashed trial, each from its last checkpoint
+ROUNDS = 3  # of Tune, while the death of a process costs it trials
+ENDING_SECONDS = (
+    60  # for a stopped trial to end its MLflow run; after 2 s, Tune's own, the next one in its process fails
+)
 
 # Tune reads these from the environment only; a value that is there wins.
 _FLAGS = {
@@ -136,8 +140,9 @@ def search(
         slots = min(slots, trials, concurrent or trials)
         run = _open_run(base, space, workspace, store, name, {**plan, "concurrent": slots})
         with run, _listening(name, on_progress):
-            grid = _tuner(plan, workspace, run.id, name, slots).fit()
-            found = [_trial(result, metric, _runs(workspace, base.task, run.id)) for result in grid]
+            grid = _tuned(plan, workspace, run.id, name, slots)
+            runs = _runs(workspace, base.task, run.id)
+            found = [_trial(result, metric, runs) for result in grid]
             result = _conclude(found, space, plan, workspace, run, name, slots, time.perf_counter() - started)
             spent = _spending(plan, workspace, name)
             result = dataclasses.replace(result, cpu_hours=spent.cpu_hours, gpu_hours=spent.gpu_hours)
@@ -259,6 +264,22 @@ def _nodes() -> list[dict[str, float]]:
 # -- private: Tune --------------------------------------------------------------------------------------------------
 
 
+def _tuned(plan: dict[str, Any], workspace: Workspace, parent: str, name: str, slots: int) -> Any:
+    """Tune's results, when no trial is lost to the death of a process any more, or after ROUNDS.
+
+    Tune 2.60 counts the death of a process that it has just handed to a trial twice: first it begins the trial again,
+    then it gives it up, though it has restarts left. The trial then waits for the end of the others."""
+    from ray.exceptions import RayActorError
+
+    for left in reversed(range(ROUNDS)):
+        grid = _tuner(plan, workspace, parent, name, slots).fit()
+        lost = sum(isinstance(result.error, RayActorError) for result in grid)
+        if not (lost and left):
+            break
+        logger.warning("%d trials of %s lost their process and go on", lost, name)
+    return grid
+
+
 def _tuner(
     plan: dict[str, Any],
     workspace: Workspace,
@@ -312,6 +333,7 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
     """One trial: the base job with the sampled settings, to its end, in a process of Tune."""
     from ray import tune
 
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_SECONDS))
     trial = tune.get_context().get_trial_id()
     name = f"{order['name']}-{trial}"
     job = config.override(config.from_dict(TrainJob, order["job"]), {**sampled, "name": name})
@@ -319,11 +341,14 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
     exchanging = order["scheduler"] == "pbt"
     if exchanging:
         job = population.begin(job, sampled, trial, workspace)
+    ended = False  # whether Tune knows of its end; with workers it is told here once more
 
     def tell(tick: Tick) -> None:
+        nonlocal ended
         figures = {**tick.figures, "run": job.name}
         if order["metric"] not in tick.metrics:
             return
+        ended = tick.last
         if exchanging:
             population.report(tick, figures, job, sampled, trial, workspace)
         else:
@@ -335,8 +360,7 @@ def _run_trial(sampled: dict[str, Any], order: dict[str, Any]) -> None:
         result = fit(job, workspace, parent_run=order["parent"], callbacks=[TuneReportCallback()])
     else:
         result = fit(job, workspace, parent_run=order["parent"], on_progress=tell)
-    if result.reused:  # it had finished, but the killed search, and perhaps MLflow, did not know yet
-        Run(workspace.tracking_uri, result.run_id).finish()
+    if not ended and order["metric"] in result.metrics:  # trained to its end before the search was killed
         tune.report(
             {
                 **result.metrics,
@@ -478,7 +502,7 @@ def _teller(search: str, metric: str) -> Any:
         """One line per finished trial."""
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            done = 1 + sum(t.is_finished() for t in trials if t is not trial)
+            done = 1 + sum(t.status == t.TERMINATED for t in trials if t is not trial)
             last = trial.last_result or {}
             said = ", ".join(f"{path}={_short(value)}" for path, value in trial.config.items())
             after = f"after step {last.get('step', 0)} ({said})"
@@ -494,14 +518,14 @@ def _teller(search: str, metric: str) -> Any:
 
 
 def _runs(workspace: Workspace, task: str, parent: str) -> dict[str, dict[str, Any]]:
-    """MLflow's view of the trials by name; a trial that was stopped from outside could not end its run itself."""
+    """MLflow's view of the trials by name, of two runs the newer; one stopped from outside could not end its run itself."""
     tracker = Tracker.at(workspace)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for run_id in tracker.find(task, {"mlflow.parentRunId": parent}):
         run = tracker.read(run_id)
         if run["status"] == "RUNNING":
             Run(workspace.tracking_uri, run_id).finish("KILLED")
-        found[run["name"]] = run
+        found.setdefault(run["name"], run)  # whoever was killed before it wrote down its run began another
     return found
 
 

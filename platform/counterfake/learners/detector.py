@@ -1,7 +1,7 @@
 """Real or fake from one picture: binary cross-entropy on a fakeness logit, for any net (N, 3, H, W) -> (N,).
 
 What makes small detectors hold up outside their training set is here as settings: augmentation on the device, pseudo-fakes
-blended from real pictures, a new head before the whole net (`freeze_images`), a low rate for pre-trained features, averaged
+blended or composed from real pictures, a new head before the whole net (`freeze_images`), a low rate for pre-trained features, averaged
 weights, a flat minimum (`sam_rho`), and keeping the weights of the best validation AUC (or of the best AUC of the worst maker's
 fakes) instead of the last ones: early stopping as far as the result goes. Schedules count images, so they do not change with
 the batch size.
@@ -29,6 +29,7 @@ from counterfake.evaluation import detection
 from counterfake.learners import LearnerConfig, LearnerContext, load_optimizer
 from counterfake.learners.augmentation import AugmentationConfig, augment
 from counterfake.learners.blending import BlendingConfig, blend_real_rows
+from counterfake.learners.composites import CompositesConfig, with_composites
 from counterfake.nets import NetConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 
@@ -56,9 +57,10 @@ class DetectorConfig(LearnerConfig):
     lr: float = 1e-3  # of the head, after warm-up
     features_lr_factor: float = 1.0  # learning rate of the features / lr; below 1 for pre-trained ones
     weight_decay: float = 0.01  # decoupled; not on biases and batch norm
-    warmup_images: int = 0  # linear from 0
+    warmup_images: int = 0  # linear from 0; for features that were frozen once more when they thaw
     final_lr_factor: float = 0.01  # lr at the end / lr
     freeze_images: int = 0  # train only the head on so many images first; the features keep their statistics
+    frozen_norms: bool = False  # the features' batch norm keeps the statistics it was given, always
     select: Literal["auc", "worst_auc"] = "auc"  # validation figure whose best weights are kept and exported
     label_smoothing: float = 0.0  # targets s/2 and 1 - s/2
     balance: bool = True  # both classes weigh the same, whatever their share
@@ -68,6 +70,9 @@ class DetectorConfig(LearnerConfig):
     )
     ema_halflife_images: float = 0.0  # of the averaged weights used for validation and export; 0 = no average
     blending: BlendingConfig = field(default_factory=BlendingConfig)  # real rows into pseudo-fakes
+    composites: CompositesConfig = field(
+        default_factory=CompositesConfig
+    )  # and into composites with others; needs data.landmarks
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
@@ -106,15 +111,14 @@ class DetectorLearner:
         self.best_figure = -1.0  # its config.select
         self._seen = torch.zeros(2, device=device)  # pictures of each class, of this rank; not stored
         self._seen_since = 0  # images before the first of them
+        self._composed = torch.zeros((), dtype=torch.int64, device=device)  # steps with composites
         self._checked = False
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Raises DataError once CLASS_CHECK_IMAGES pictures held one class only."""
         frozen = self.images < self.config.freeze_images
-        self._set_lr(frozen)
-        pixels, fake = blend_real_rows(
-            images.to_float(batch.images), batch.fake.float(), self.config.blending
-        )
+        self._set_lr()
+        pixels, fake = self._with_pseudo_fakes(batch)
         pixels = augment(pixels, self.config.augmentation)
         loss, logits = self._gradients(pixels, fake, frozen)
         if self.config.sam_rho:
@@ -196,6 +200,19 @@ class DetectorLearner:
 
     # -- private ----------------------------------------------------------------------------------------------------
 
+    def _with_pseudo_fakes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Pixels (N, 3, H, W) in [-1, 1] and labels (N,) of the batch, some of its real rows turned into fakes."""
+        pixels, fake = images.to_float(batch.images), batch.fake.float()
+        if self.config.composites.share:
+            if batch.landmarks is None:
+                raise ConfigError("learner.composites needs the points of faces; set data.landmarks=true")
+            before = pixels
+            pixels, fake = with_composites(pixels, fake, batch.landmarks, self.config.composites)
+            if not self._checked:
+                self._composed = self._composed + (pixels != before).any()
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return blend_real_rows(pixels, fake, self.config.blending)
+
     def _gradients(self, pixels: Tensor, fake: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
         """Loss and logits (N,); the gradients are those of this pass alone."""
         logits = self._logits(pixels, frozen)
@@ -207,6 +224,10 @@ class DetectorLearner:
     def _logits(self, pixels: Tensor, frozen: bool) -> Tensor:
         """The net in training mode; while frozen, its features run as in inference, without data-parallel hooks."""
         self.net.train()
+        if self.config.frozen_norms:
+            for module in self.net.get_submodule("features").modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         with self.context.autocast(self.device):
             if frozen:
                 features = dist.unwrap(self._features).eval()
@@ -216,10 +237,11 @@ class DetectorLearner:
                 maps = self._features(pixels)
             return self._head(maps.mean(dim=(2, 3))).squeeze(1).float()
 
-    def _set_lr(self, frozen: bool) -> None:
+    def _set_lr(self) -> None:
         factor = schedule(self.images, self.context.total_images, self.config)
+        thawed = thawing(self.images, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0 if frozen and group["part"] == "features" else factor * group["peak_lr"]
+            group["lr"] = factor * group["peak_lr"] * (thawed if group["part"] == "features" else 1.0)
 
     def _lr_tensor(self) -> Tensor:
         # on the device, where the tick stacks it with the other metrics
@@ -259,6 +281,11 @@ class DetectorLearner:
                 f"a detector needs real and fake pictures, but the first {real + fakes + int((fake < 0).sum())} hold"
                 f" {real} real and {fakes} fake; check the dataset's labels and data.where"
             )
+        if self.config.composites.share and not int(self._composed):
+            raise DataError(
+                f"learner.composites made none of the first {real + fakes} pictures: no two real ones of a batch know their"
+                " eyes; ingest with --set faces=cascade, better also with --set landmarks_model=FILE"
+            )
 
 
 def schedule(seen: int, total: int, config: DetectorConfig) -> float:
@@ -267,6 +294,17 @@ def schedule(seen: int, total: int, config: DetectorConfig) -> float:
         return (seen + 1) / config.warmup_images
     share = min(1.0, (seen - config.warmup_images) / max(1, total - config.warmup_images))
     return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def thawing(seen: int, config: DetectorConfig) -> float:
+    """Factor on the features' rate: 0 while they are frozen, then a second warm-up.
+
+    Adam's first steps are as long as its rate whatever the gradient: at full rate they undo what the features had learned."""
+    if seen < config.freeze_images:
+        return 0.0
+    if not config.freeze_images or not config.warmup_images:
+        return 1.0
+    return min(1.0, (seen - config.freeze_images + 1) / config.warmup_images)
 
 
 def _loss(logits: Tensor, fake: Tensor, smoothing: float, balance: bool) -> Tensor:

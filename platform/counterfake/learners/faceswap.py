@@ -195,6 +195,7 @@ class FaceSwapLearner:
         """One update of the network and, where the phase has an adversary, one of the critic."""
         phase = self._enter_phase()
         lesson = self._lesson(batch, phase)
+        self.net.train()  # a preview may have left it at rest
         with self.context.autocast(self.device):
             painted = _exact(self._parallel(lesson.warped, lesson.identity))
         terms = self._terms(lesson, painted, phase)
@@ -319,14 +320,18 @@ class FaceSwapLearner:
         )
 
     def _where(self, batch: Batch) -> Tensor | None:
-        """(N, 4, S, S) maps of face, eyes and mouth in the crops; None where no loss asks."""
+        """(N, 4, S, S) maps of face, eyes and mouth in the crops; None where no loss asks. The face is exact in the rows
+        that know their mask."""
         if not self.config.losses.needs_points:
             return None
         side = batch.images.shape[-1]
         points = batch.landmarks
         if points is None:
             points = torch.full((len(batch), regions.POINTS, 2), torch.nan, device=batch.images.device)
-        return regions.maps(points, side, self.config.margin)
+        maps = regions.maps(points, side, self.config.margin)
+        if batch.mask is not None:
+            maps[:, :1] = torch.where(batch.mask.isnan(), maps[:, :1], batch.mask)
+        return maps
 
     def _terms(self, lesson: _Lesson, painted: Painted, phase: Phase) -> dict[str, Tensor]:
         """Every term of the loss that counts now, times its weight."""
@@ -462,7 +467,7 @@ def swap(
 ) -> Tensor:
     """Face crops (N, 3, S, S) uint8 -> the region `coverage` in their middle as `identity` (N,), uint8 (N, 3, s, s).
 
-    source (N,): whose faces the crops show, where that is known; only a design with an encoder per person asks for it."""
+    source (N,): whose faces the crops show, where that is known: a shared code is moved from their place to the target's."""
     return swap_with_mask(net, config, crops, identity, source)[0]
 
 

@@ -43,7 +43,7 @@ class SwapLosses:
     parts: float = (
         0.0  # |x - y| of eye and mouth crops of what a second head painted, × eye_factor, × mouth_factor
     )
-    mask: float = 0.0  # (mask - truth)²; truth from the face's points
+    mask: float = 0.0  # (mask - truth)²; truth is the row's own mask, else an ellipse by its points
     mask_l1: float = 0.0  # |mask|, or max(0, hinge - mask) where the phase has a hinge
     mask_tv: float = 0.0  # total variation of the mask
     tv: float = 0.0  # total variation of the painted face

@@ -206,11 +206,14 @@ def rounded(channels: float) -> int:
 
 
 def initialise(module: nn.Module) -> None:
-    """For `Module.apply`: He for convolutions, Glorot for dense layers, zero biases."""
+    """For `Module.apply`: He for convolutions, torch's own uniform ±1/√inputs for dense layers, zero biases.
+
+    Glorot's head answers five times as loudly to a change of the features, and drowns what fine-tuning starts from
+    (EXPERIMENTS 2026-11-28)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
+        module.reset_parameters()
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 

@@ -10,8 +10,8 @@ Differences of the networks: PixelShuffle's order of channels. Of the training (
 faceswap-GAN's, of 6 channels and one logit per patch at 1/16 of the side, where SAEHD has a U-Net of two heads on the
 masked source alone; it judges everyone, at 0.1; no true_face_power (a critic of codes), no cosine restarts of the rate
 (cos 500), no style powers, no pretraining on other faces; Adam (5e-5, beta1 0.5, epsilon 1e-7, lr_dropout 0.3 without
-warp), where SAEHD also offers AdaBelief and RMSprop; the true mask is an ellipse by the face's points, where SAEHD takes a
-blurred hull of 68 landmarks or a segmentation.
+warp), where SAEHD also offers AdaBelief and RMSprop; the true mask is the row's own where it has one, else an ellipse by
+the face's points, where SAEHD takes a blurred hull of 68 landmarks or a segmentation.
 """
 
 from __future__ import annotations

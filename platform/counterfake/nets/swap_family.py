@@ -35,7 +35,7 @@ class Painted(NamedTuple):
 class SwapFamily(NetConfig):
     """Settings that every design has. `build()` gives a module with `forward(faces, identity, source) -> Painted`.
 
-    `source` (N,) says whose face each row shows; only a design with an encoder per person asks for it."""
+    `source` (N,) says whose face each row shows, where that is known: designs with an encoder or a place for codes per person ask."""
 
     identities: tuple[str, ...] = ()  # whose index is whose, in order; the learner fills it from the data
     size: int = 64  # pixels of the face that is read and painted

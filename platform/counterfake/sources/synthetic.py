@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from counterfake import media
+from counterfake import face_masks, media
 from counterfake.errors import ConfigError
 from counterfake.sources import Consent, Sample, Skipped, SourceConfig
 from counterfake.sources.portrait import people
@@ -72,7 +72,9 @@ class SyntheticSource(SourceConfig):
             face_method="synthetic",
             face_margin=1.0,
             landmarks=[value for point in made.landmarks for value in point],
-            attributes=people.differences(shot) | attributes,
+            attributes=people.differences(shot)
+            | attributes
+            | {face_masks.NAME: face_masks.packed(made.face_mask)},
         )
 
     def person(self, number: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from counterfake import blending, media
+from counterfake import blending, face_masks, media
 from counterfake.blending import Blending
 from counterfake.errors import ConfigError
 from counterfake.sources import Consent, Sample, Skipped, SourceConfig
@@ -144,7 +144,10 @@ class SyntheticVideoSource(SourceConfig):
     ) -> Sample:  # fmt: skip
         person, clip, kind = which
         name = f"{self.seed}/{person:06d}/{kind}/{clip:03d}"
-        also: dict[str, Any] = {"also": [f"identity:{self.person(_partner(person))}"]}
+        known: dict[str, Any] = {
+            "also": [f"identity:{self.person(_partner(person))}"],
+            face_masks.NAME: face_masks.packed(target.face_mask),
+        }
         return Sample(
             image=media.encode(pixels, "jpeg", quality),
             path=name,
@@ -159,7 +162,7 @@ class SyntheticVideoSource(SourceConfig):
             face_method="synthetic",
             face_margin=1.0,
             landmarks=[value for point in target.landmarks for value in point],
-            attributes=people.differences(shot) | also | {"format": "jpeg", "quality": quality},
+            attributes=people.differences(shot) | known | {"format": "jpeg", "quality": quality},
         )
 
 
