@@ -8,7 +8,8 @@
 A preset of train-detector or train-benford is a preset here, with its settings under `base.`. The rows of `split` ("*", every
 split) are dealt by component (folds.py): what is linked by identity, video or a near hash is tested together. A network trains on
 the other folds less an inner part, which is again whole components: the best epoch is chosen there, never on the tested fold;
-a forest, which has nothing to choose, trains on both. The out-of-fold scores are pooled: figures with intervals over resampled
+a forest, which has nothing to choose, trains on both. The inner part also calibrates the network (Platt scaling), because two
+folds' networks lean to different sides. The out-of-fold scores are pooled: figures with intervals over resampled
 components, per fold mean ± sd, groups such as difficulty, the majority class beside them. With `others`, finished studies over
 the same folds, the pooled score is the mean logit of all. Every fold is an ordinary training job nested below the study's
 run, and `runs/studies/<name>-folds-<digest>/` keeps what is done: a study that was killed goes on with the fold it was at.
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from counterfake import bundle, config, folds, predictor, scoring
+from counterfake import bundle, config, ensemble, folds, predictor, scoring
 from counterfake.config import canonical_json, digest, to_dict
 from counterfake.data import DataConfig
 from counterfake.errors import CheckpointError, ConfigError
@@ -68,6 +69,9 @@ class FoldStudyJob:
     )
     split: str = "*"  # whose rows are dealt; "*" = every split
     deal_seed: int = 0  # of the dealing
+    calibrated: bool = (
+        True  # a line through each network's logits, fitted on its inner part, before the folds are pooled
+    )
     threshold: float = 0.5  # probability from which a picture counts as called fake
     bootstraps: int = 1000  # resamples of each interval
     others: tuple[
@@ -184,11 +188,18 @@ class _Study:
                 {self.name: loaded}, data, attributes=self.job.stratify, cache=self.workspace.cache,
                 progress=advance,
             ).answered()  # fmt: skip
+        line = self._line(loaded, number)
+        scored = dataclasses.replace(
+            scored, probabilities={self.name: ensemble.scaled(scored.probabilities[self.name], *line)}
+        )
         found = scored.evaluate(self.mixed(scored), threshold=self.job.threshold, bootstraps=0, seed=0)
         facts = {name: float(found[name]["value"]) for name in FIGURES}
         self.log.metrics({f"fold_{name}": value for name, value in facts.items()}, number)
         self.console.event(f"fold {number}: AUC {facts['auc']:.3f}, accuracy {facts['accuracy']:.3f}")
-        return scored, {"fold": number, "n": found["n"], "majority": found["majority"], **facts, **made}
+        calibration = {"slope": line[0], "shift": line[1]}
+        return scored, {
+            "fold": number, "n": found["n"], "majority": found["majority"], **calibration, **facts, **made,
+        }  # fmt: skip
 
     def mixed(self, rows: Scored) -> NDArray[np.float64]:
         """(N,) the mean logit of this study's scores and those of `others`."""
@@ -199,6 +210,16 @@ class _Study:
         clipped = np.clip(np.stack(columns), detection.CLIP, 1 - detection.CLIP)
         mean = np.mean(np.log(clipped) - np.log1p(-clipped), axis=0)
         return np.asarray(0.5 * (1 + np.tanh(0.5 * mean)))
+
+    def _line(self, detector: predictor.Predictor, number: int) -> tuple[float, float]:
+        """Slope and shift for a fold's logits. Networks of two folds may lean to either side by as much as they tell
+        apart; a forest has no inner part that it did not learn from, and stays as it is."""
+        if not self.job.calibrated or isinstance(self.job.base, BenfordJob):
+            return 1.0, 0.0
+        where = {**self.data.where, **self.dealt.where(number, "validation")}
+        data = dataclasses.replace(self.data, where=where)
+        held = scoring.score({self.name: detector}, data, cache=self.workspace.cache).answered()
+        return ensemble.platt(held.probabilities[self.name], held.fake)
 
     def _trained(self, number: int) -> dict[str, Any]:
         """{"bundle", "trained_run"} of a fold, from this study's folder where it is finished."""

@@ -181,6 +181,22 @@ def coverage(
     }  # fmt: skip
 
 
+def platt(probability: ArrayLike, fake: ArrayLike) -> tuple[float, float]:
+    """(slope, shift) of the line through one detector's logits that fits these held-out rows (N,) best: Platt 1999.
+
+    (1, 0) where the rows are of one class only. Probabilities of other rows become those of `scaled`."""
+    p, y = np.asarray(probability, np.float64), np.asarray(fake, np.float64)
+    if len(np.unique(y)) < 2:
+        return 1.0, 0.0
+    slope, shift = _logistic(_logit(p)[:, None], _platt(y))
+    return float(np.clip(slope[0], *SLOPES)), shift
+
+
+def scaled(probability: ArrayLike, slope: float, shift: float) -> Floats:
+    """sigmoid(slope · logit(p) + shift) of each probability."""
+    return _sigmoid(slope * _logit(np.asarray(probability, np.float64)) + shift)
+
+
 # -- private --------------------------------------------------------------------------------------------------------
 
 

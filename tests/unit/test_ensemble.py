@@ -291,3 +291,19 @@ def test_a_video_is_one_row_of_the_calibration() -> None:
 def test_one_split_gives_no_spread() -> None:
     with pytest.raises(ConfigError, match="2 or more give a spread"):
         EnsembleJob(coverage_splits=1)
+
+
+def test_platts_line_is_the_one_that_made_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, 20_000)
+    fake = rng.random(len(logit)) < 1 / (1 + np.exp(-(0.5 * logit - 1)))
+    slope, shift = ensemble.platt(1 / (1 + np.exp(-logit)), fake)
+    assert (slope, shift) == pytest.approx((0.5, -1), abs=0.05)
+    better = ensemble.scaled(1 / (1 + np.exp(-logit)), slope, shift)
+    assert better.mean() == pytest.approx(fake.mean(), abs=0.01)
+    assert np.array_equal(np.argsort(better), np.argsort(logit))
+
+
+def test_platts_line_of_one_class_changes_nothing() -> None:
+    assert ensemble.platt([0.2, 0.7], [1, 1]) == (1.0, 0.0)
+    assert ensemble.scaled([0.2, 0.7], 1.0, 0.0) == pytest.approx([0.2, 0.7])

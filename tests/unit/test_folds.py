@@ -285,3 +285,11 @@ def test_a_network_is_trained_on_its_fold_and_scored_on_the_rest(workspace: Work
     assert result["evaluation"]["n"] == 48
     assert result["evaluation"]["auc"]["low"] is None
     assert {line["figure"] for line in result["table"]} == set(study_folds.FIGURES)
+    lines = [(fold["slope"], fold["shift"]) for fold in result["folds"]]
+    assert all(slope > 0 for slope, _ in lines)
+    assert (1.0, 0.0) not in lines
+    raw = FoldStudyJob(base=tiny(), folds=2, validation=0.5, near_bits=-1, bootstraps=0, calibrated=False)
+    before = study_folds.run(raw, workspace)
+    for own, other in zip(before["folds"], result["folds"], strict=True):
+        assert (own["slope"], own["shift"]) == (1.0, 0.0)
+        assert own["auc"] == pytest.approx(other["auc"])  # a line changes no order
