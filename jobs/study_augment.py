@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from counterfake import arrays, images
 from counterfake import bundle as bundles
-from counterfake.config import canonical_json, digest, to_dict
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import report
@@ -40,6 +39,7 @@ from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
 from counterfake.records import Dataset, Sample, write_version
 from counterfake.workspace import Workspace
 from jobs.console import Console
+from jobs.studies import study
 
 Augmentation = Literal["none", "standard"]
 BATCH = 256  # pictures drawn at a time
@@ -86,30 +86,16 @@ class Cell(NamedTuple):
 
 def run(job: AugmentStudyJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Train every GAN and classifier; prints the table and returns it with the accuracy of each cell."""
-    from counterfake.tracking import Tracker  # not at import: a preset must not load MLflow
-
     console = console or Console(quiet=True)
-    tracker, tags = Tracker.at(workspace), {"counterfake.study": digest(job)[:12]}
-    known = tracker.find("study", tags)
-    log = (
-        tracker.resume(known[0])
-        if known
-        else tracker.start("study", job.gan.name, tags=tags, params=to_dict(job))
-    )
-    with log:
-        rows = _measured(job, workspace, log.id, console)
+    with study(job, job.gan.name, workspace) as kept:
+        rows = _measured(job, workspace, kept.run_id, console)
         lines = table(rows)
-        found = {"table": lines, "runs": rows, "run_id": log.id}
-        log.json("augment.json", found)
-        log.picture("augment", plot(lines))
-    target = workspace.home / "studies" / f"{job.gan.name}-{tags['counterfake.study']}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(canonical_json(found))
+        found = kept.keep({"table": lines, "runs": rows}, {"augment": plot(lines)})
     if not console.as_json:
         console.table(
             "accuracy on held-out pictures", list(lines[0]), [list(line.values()) for line in lines]
         )
-    return {**found, "file": str(target)}
+    return found
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, Any]:

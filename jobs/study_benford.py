@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from counterfake import arrays, images
 from counterfake import bundle as bundles
-from counterfake.config import canonical_json, digest, to_dict
 from counterfake.data import DataConfig
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation import detection, report
@@ -37,6 +36,7 @@ from counterfake.loop import LoopConfig, TrainJob
 from counterfake.nets.dcgan import DcganDiscriminator, DcganGenerator
 from counterfake.workspace import Workspace
 from jobs.console import Console
+from jobs.studies import study
 
 BATCH = 128  # pictures at a time
 LEAST = 20  # real pictures per split below which an AUC says nothing
@@ -84,29 +84,17 @@ class Real:
 
 def run(job: BenfordStudyJob, workspace: Workspace, *, console: Console | None = None) -> dict[str, Any]:
     """Train every GAN, ask the detectors; prints the table and returns it with the figures of each run."""
-    from counterfake.tracking import Tracker  # not at import: a preset must not load MLflow
-
     console = console or Console(quiet=True)
-    tracker, tags = Tracker.at(workspace), {"counterfake.study": digest(job)[:12]}
     real = _real(job, workspace, console)
-    known = tracker.find("study", tags)
-    log = (
-        tracker.resume(known[0])
-        if known
-        else tracker.start("study", job.base.name, tags=tags, params=to_dict(job))
-    )
-    with log:
-        rows = [row for seed in job.seeds for row in _of_seed(job, seed, real, workspace, log.id, console)]
+    with study(job, job.base.name, workspace) as kept:
+        rows = [
+            row for seed in job.seeds for row in _of_seed(job, seed, real, workspace, kept.run_id, console)
+        ]
         lines = table(rows)
-        found = {"table": lines, "runs": rows, "law": real.law, "run_id": log.id}
-        log.json("benford.json", found)
-        log.picture("benford", plot(lines))
-    target = workspace.home / "studies" / f"{job.base.name}-{tags['counterfake.study']}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(canonical_json(found))
+        found = kept.keep({"table": lines, "runs": rows, "law": real.law}, {"benford": plot(lines)})
     if not console.as_json:
         console.table("Benford detector on fakes", list(lines[0]), [list(line.values()) for line in lines])
-    return {**found, "file": str(target)}
+    return found
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, Any]:

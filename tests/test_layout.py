@@ -42,7 +42,7 @@ HOMES = {
     "onnx": ("platform/counterfake/runtime.py",),
     "onnxruntime": ("platform/counterfake/runtime.py",),
     "openvino": ("platform/counterfake/runtime.py",),
-    "optuna": ("platform/counterfake/cluster/tune.py",),
+    "optuna": ("platform/counterfake/cluster/trials.py", "platform/counterfake/cluster/findings.py"),
     "c2pa": ("platform/counterfake/provenance.py",),
     "cryptography": ("platform/counterfake/provenance.py",),
 }

@@ -69,7 +69,7 @@ def test_a_study_goes_on_where_it_was_and_leaves_table_and_plot(workspace: Works
     assert sorted(table_["fake"].to_pylist()) == [0] * 16 + [1] * 32
     assert np.bincount(table_["class_id"].to_numpy()).tolist() == [24, 24]
     files = Tracker.at(workspace).files(found["run_id"])
-    assert {"augment.json", "pictures/augment.png"} <= set(files)
+    assert {"study.json", "pictures/augment.png"} <= set(files)
     again = run(job, workspace)
     assert again == found
     assert json.loads(Path(again["file"]).read_text())["table"] == found["table"]

@@ -19,8 +19,10 @@ import pytest
 
 from counterfake import config, media
 from counterfake.cluster.budget import Budget
+from counterfake.cluster.findings import Trial, winner
 from counterfake.cluster.space import SearchSpace
-from counterfake.cluster.tune import Trial, _scheduler, search, winner
+from counterfake.cluster.trials import _scheduler
+from counterfake.cluster.tune import search
 from counterfake.data import DataConfig
 from counterfake.errors import ClusterError, ConfigError
 from counterfake.images import Preprocess

@@ -202,7 +202,7 @@ def test_a_trial_larger_than_the_cluster_is_refused_with_both_numbers() -> None:
 
 
 def test_the_setting_that_decides_is_the_important_one() -> None:
-    from counterfake.cluster.tune import importance
+    from counterfake.cluster.findings import importance
 
     whole = space(learner__lr={"log": [1e-4, 1e-1]}, learner__width={"int": [1, 9]})
     rows = [{"learner.lr": 10 ** (-4 + 3 * i / 19), "learner.width": 1 + (7 * i) % 9} for i in range(20)]
