@@ -165,7 +165,7 @@ def ciplab() -> IngestJob:
     """Real and Fake Face Detection, 2,041 faces: fakes are expert Photoshop composites.
 
     Many were made from a photograph of the set: 43 pairs of 1,631 pictures differ in at most 68 bits, 3 in at most 31.
-    The cascade finds a face in 84 % of them and eyes in 64 %; with faces=ultralight and a landmarks_model it is all of them.
+    The cascade finds a face in 84 % of them and eyes in 64 %; with faces=ultralight and a landmarks_model all but one.
     """
     splits = _thirds(near_bits=68)
     return IngestJob(source=CiplabSource(), into="ciplab", splits=splits, encode="jpeg:90", faces="cascade")

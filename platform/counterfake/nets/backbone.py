@@ -208,7 +208,7 @@ def rounded(channels: float) -> int:
 def initialise(module: nn.Module) -> None:
     """For `Module.apply`: He for convolutions, torch's own uniform ±1/√inputs for dense layers, zero biases.
 
-    Glorot's head answers five times as loudly to a change of the features, and drowns what fine-tuning starts from
+    Glorot's weights are more than twice as large in each layer of a head, and drown what fine-tuning starts from
     (EXPERIMENTS 2026-11-28)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
