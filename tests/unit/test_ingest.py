@@ -564,7 +564,7 @@ def test_hostile_files_are_all_accounted_for_within_a_gigabyte(
 ) -> None:
     folder = tmp_path / "in" / "real"
     with tarfile.open(shared_data / "hostile" / "hostile.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        _unpack(archive, folder)
     there = sum(path.is_file() for path in folder.rglob("*"))
     with open(shared_data / "hostile" / "files.csv", newline="") as file:
         assert there >= sum(1 for _ in csv.DictReader(file))
@@ -599,7 +599,7 @@ def test_hostile_files_among_videos_are_all_accounted_for_within_a_gigabyte(
 ) -> None:
     folder = tmp_path / "in"
     with tarfile.open(shared_data / "hostile" / "hostile.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        _unpack(archive, folder)
     good = shared_data / "videos" / "real_ffpp_004.mp4"
     (folder / "good.mp4").write_bytes(good.read_bytes())
     for number, data in enumerate((good.read_bytes()[:20_000], good.read_bytes()[:40] + b"\xff" * 9_000)):
@@ -714,3 +714,11 @@ def test_cifake_keeps_its_published_test_split(workspace: Workspace, shared_data
         labels = Counter(s.fake for s in dataset.samples(version, split))
         assert min(labels.values()) > 0.3 * sum(labels.values()), split
     assert isinstance(job.source, NpzSource)
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Data only: no links out, no devices. Pythons before 3.11.4 know no filters; the archive is one of ours."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+    else:
+        archive.extractall(folder)
