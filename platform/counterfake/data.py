@@ -31,7 +31,7 @@ from counterfake.versions import Version, fits
 
 logger = logging.getLogger(__name__)
 
-POINTS = 5  # of a face: eyes, nose tip, corners of the mouth
+EYES, POINTS = 2, 5  # of a face: eyes; eyes, nose tip, corners of the mouth
 BALANCED_BY = {"class": "class_id", "maker": "maker", "fake": "fake"}  # data.balance -> column
 
 
@@ -90,7 +90,7 @@ class Batch:
     epoch: int
     makers: tuple[str, ...] = ()  # the names that `maker` indexes
     landmarks: torch.Tensor | None = (
-        None  # (N, 5, 2) float32 x, y in pixels of the images, NaN unknown; where asked for
+        None  # (N, 5, 2) float32 x, y in pixels of the images, NaN unknown (of some faces all but the eyes); where asked for
     )
     mask: torch.Tensor | None = (
         None  # (N, 1, H, W) float32 in [0, 1], 1 over the face, NaN in rows without; with landmarks, if a row has one
@@ -306,8 +306,8 @@ class _Shown:
     ) -> None:
         """Points and mask of a decoded picture (H, W, C), moved as `preprocess` moves its pixels."""
         height, width = pixels.shape[:2]
-        if marks and len(marks) == POINTS:
-            self.points[slot] = preprocess.place(marks, (width, height), box)
+        if marks and len(marks) in (EYES, POINTS):
+            self.points[slot, : len(marks)] = preprocess.place(marks, (width, height), box)
         if mask is not None:
             if self.mask is None:
                 self.mask = np.full(self._shape, np.nan, np.float32)

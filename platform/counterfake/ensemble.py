@@ -188,8 +188,7 @@ def platt(probability: ArrayLike, fake: ArrayLike) -> tuple[float, float]:
     p, y = np.asarray(probability, np.float64), np.asarray(fake, np.float64)
     if len(np.unique(y)) < 2:
         return 1.0, 0.0
-    slope, shift = _logistic(_logit(p)[:, None], _platt(y))
-    return float(np.clip(slope[0], *SLOPES)), shift
+    return _line(_logit(p), y)
 
 
 def scaled(probability: ArrayLike, slope: float, shift: float) -> Floats:
@@ -249,8 +248,8 @@ def _calibrated(
         if len(np.unique(y[rest])) < 2:
             return stack  # too few rows to see anything: as it is
         unseen[~rest] = _stack(names, p[rest], y[rest], stacking).raw(p[~rest])
-    slope, shift = _logistic(unseen[:, None], _platt(y))
-    return dataclasses.replace(stack, slope=float(np.clip(slope[0], *SLOPES)), shift=shift)
+    slope, shift = _line(unseen, y)
+    return dataclasses.replace(stack, slope=slope, shift=shift)
 
 
 def _stack(names: Sequence[str], p: Floats, y: Floats, stacking: Stacking = "logistic") -> _Stack:
@@ -268,6 +267,11 @@ def _boosted(stack: _Stack, p: Floats, y: Floats) -> dict[str, tuple[float, ...]
     )  # fmt: skip
     forest = BenfordForest.fit(np.column_stack([_logit(p), stack.raw(p)]), y, config)
     return {name: tuple(np.ravel(array).tolist()) for name, array in forest.tensors().items()}
+
+
+def _line(logits: Floats, y: Floats) -> tuple[float, float]:
+    slope, shift = _logistic(logits[:, None], _platt(y))
+    return float(np.clip(slope[0], *SLOPES)), shift
 
 
 def _platt(y: Floats) -> Floats:

@@ -78,7 +78,7 @@ class FaceDetector:
         """model: file of yunet or ultralight. max_side: larger pictures are searched at this size (speed). min_face:
         smallest face / shorter side. eyes: look for the eyes of faces found without landmarks, too; with landmarks_model, a
         file of MTCNN's O-Net, for five points instead.
-        Raises ConfigError for an unknown method and for a missing model file."""
+        Raises ConfigError for an unknown method and for a missing file, CheckpointError for a file of something else."""
         if method not in METHODS:
             raise ConfigError(f"face detector {method!r} is unknown; known: {', '.join(METHODS)}")
         self.method: Method = method
@@ -369,8 +369,11 @@ class _Points:
 
         from counterfake.nets import onet
 
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"landmarks_model {path} does not exist; give MTCNN's onet.pt, or leave it empty")
         self._torch, self._side = torch, onet.SIDE
-        self._net = onet.OnetConfig(weights=str(weights)).build()
+        self._net = onet.OnetConfig(weights=str(path)).build()
 
     def find(self, pixels: Pixels, box: Box) -> list[Point] | None:
         """Five points in the picture's pixels, left to right as seen; None if this is no face to it."""

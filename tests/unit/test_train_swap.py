@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from counterfake import checkpoint, dist, loop, media
+from counterfake import checkpoint, dist, images, loop, media
 from counterfake.cluster import worker
 from counterfake.cluster.worker import Order, _Reporter, _rolled_back
 from counterfake.config import from_dict, override, to_dict
 from counterfake.data import DataConfig, Loader, used_sources
 from counterfake.errors import CollapseError, DataError, NonFiniteError
 from counterfake.images import Preprocess
+from counterfake.learners.composites import CompositesConfig, with_composites
 from counterfake.learners.faceswap import FaceSwapConfig, FaceSwapLearner
 from counterfake.learners.swap_guard import Guard
 from counterfake.loop import LoopConfig, TrainJob
@@ -470,3 +471,22 @@ def test_a_mask_network_also_goes_back(trained: Callable[..., _Reporter]) -> Non
     assert reporter.learner.critic is not None
     assert reporter.summary["rollbacks"][0]["to_step"] == 4
     assert dist.world_size() == 1
+
+
+def test_of_faces_that_know_their_eyes_alone_the_loader_gives_the_eyes(workspace: Workspace) -> None:
+    """What an ingest finds without a landmarks_model; composites are made of it all the same."""
+    made = [SyntheticSource(size=48).sample(person, 0) for person in range(8)]
+    eyes = [dataclasses.replace(sample, landmarks=(sample.landmarks or [])[:4], fake=0) for sample in made]
+    write(workspace, [dataclasses.replace(eyes[0], landmarks=None), *eyes[1:]])
+    data = DataConfig(
+        uri=workspace.dataset("faces"), batch_size=8, preprocess=Preprocess(size=24), landmarks=True
+    )
+    batch = next(Loader(data).batches())
+    assert batch.landmarks is not None
+    known = batch.landmarks.isfinite().all(dim=2)  # (8, 5)
+    assert sorted(known.sum(dim=1).tolist()) == [0, *[2] * 7]
+    assert known[:, :2].all(dim=1).sum() == 7
+    _, fake = with_composites(
+        images.to_float(batch.images), batch.fake, batch.landmarks, CompositesConfig(share=0.5)
+    )
+    assert int(fake.sum()) == 4

@@ -49,7 +49,8 @@ def run_all(
 ) -> Any:
     """Tune's results, when no trial is lost to the death of a process any more, or after ROUNDS.
 
-    parent: MLflow run of the search; slots: trials at once; on_progress is told of each trial that ends. Tune 2.60 counts the death of a process that it has just handed to a trial twice: first it begins the trial again,
+    parent: MLflow run of the search; slots: trials at once; on_progress is told of each trial that ends.
+    Tune 2.60 counts the death of a process that it has just handed to a trial twice: first it begins the trial again,
     then it gives it up, though it has restarts left. The trial then waits for the end of the others."""
     from ray.exceptions import RayActorError
 

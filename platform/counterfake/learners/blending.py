@@ -2,7 +2,7 @@
 
 Shiohara and Yamasaki 2022, https://arxiv.org/abs/2204.08376, section 3.2: one of two copies is changed in colour or frequency, the
 source copy is scaled and moved a little, a mask inside the face is deformed and softened, and the source is blended into the target.
-Different here: rows carry no landmarks, so the mask is a random half or whole of an ellipse where a face crop has its face, not a
+Different here: rows need no landmarks, the mask is a random half or whole of an ellipse where a face crop has its face, not a
 hull of landmarks; colours change by gain and offset per channel instead of in HSV; everything happens on the batch's own
 device, drawn from torch's default generator, which the loop seeds by (seed, step, rank). Letters: N batch, C channels, H W pixels.
 """

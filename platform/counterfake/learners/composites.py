@@ -20,8 +20,13 @@ from torch import Tensor
 
 from counterfake.errors import ConfigError
 
-POINTS = 5  # eyes, nose tip, corners of the mouth; left to right as seen
-MIRRORED = (1, 0, 2, 4, 3)  # the same points of the mirrored picture
+MIRRORED = (
+    1,
+    0,
+    2,
+    4,
+    3,
+)  # eyes, nose tip, corners of the mouth of the mirrored picture; left to right as seen
 EYES_TO_NOSE, EYES_TO_MOUTH, MOUTH = 0.6, 1.05, 0.42  # of a frontal face, in distances of the eyes
 # half axes of each part, in distances of the eyes: left eye, right eye, nose, mouth, the whole inner face
 AXES = ((0.40, 0.30), (0.40, 0.30), (0.30, 0.45), (0.52, 0.36), (0.95, 1.05))
@@ -241,7 +246,7 @@ def _moments(pixels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _melted(donor: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The donor plus what the target differs from it outside the mask, carried inwards by ever wider blurs."""
     weight = 1 - mask
-    small, coarse = ((F.avg_pool2d(v, COARSE, ceil_mode=True)) for v in ((target - donor) * weight, weight))
+    small, coarse = (F.avg_pool2d(v, COARSE, ceil_mode=True) for v in ((target - donor) * weight, weight))
     carried, known = small, coarse
     for _ in range(6):  # each reaches one coarse pixel further; what is known stays known
         blurred = [F.avg_pool2d(v, 3, 1, 1) for v in (carried, known)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from counterfake.errors import CheckpointError
 from counterfake.nets import NetConfig
 
+EVERY = (("", ""),)  # for `load_weights`: all tensors, under their own names
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 

@@ -8,14 +8,12 @@ dense layer. The first two networks only propose boxes, which any of faces.METHO
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from counterfake.errors import CheckpointError, ConfigError
 from counterfake.nets import NetConfig
+from counterfake.nets.backbone import EVERY, load_weights
 
 SIDE = 48  # pixels of the crop
 CHANNELS = (32, 64, 64, 128)
@@ -28,10 +26,10 @@ class OnetConfig(NetConfig):
     weights: str = ""  # file of public weights (onet.pt); "" = random, for tests
 
     def build(self) -> Onet:
-        """The network in evaluation mode. Raises ConfigError or CheckpointError if the weights cannot be used."""
+        """The network in evaluation mode. Raises CheckpointError if the weights cannot be used."""
         net = Onet()
         if self.weights:
-            _load(net, Path(self.weights).expanduser())
+            load_weights(net, self.weights, names=EVERY)
         return net.eval()
 
     @classmethod
@@ -61,15 +59,3 @@ class Onet(nn.Module):
         x = self.prelu5(self.dense5(x))
         points = self.dense6_3(x).view(-1, 2, 5).transpose(1, 2)  # published as five x, then five y
         return self.dense6_1(x).softmax(1)[:, 1], self.dense6_2(x), points
-
-
-def _load(net: Onet, path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(
-            f"landmark weights {path} do not exist; give MTCNN's onet.pt, or leave landmarks_model empty"
-        )
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a file that is not what it says
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(f"{path} holds no O-Net of MTCNN: {reason}") from error

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from counterfake.errors import CheckpointError, ConfigError
 from counterfake.nets import NetConfig
+from counterfake.nets.backbone import EVERY, load_weights
 
 WIDTH, HEIGHT = 320, 240  # of the input the priors are laid over
 STRIDES = (8, 16, 32, 64)
@@ -36,10 +35,10 @@ class UltralightConfig(NetConfig):
     weights: str = ""  # file of public weights (ultralight_face_slim_320.pth); "" = random, for tests
 
     def build(self) -> Ultralight:
-        """The network in evaluation mode. Raises ConfigError or CheckpointError if the weights cannot be used."""
+        """The network in evaluation mode. Raises CheckpointError if the weights cannot be used."""
         net = Ultralight()
         if self.weights:
-            _load(net, Path(self.weights).expanduser())
+            load_weights(net, self.weights, names=EVERY)
         return net.eval()
 
     @classmethod
@@ -130,13 +129,3 @@ def _heads(values: int) -> list[nn.Module]:
 def _flat(maps: Tensor, values: int) -> Tensor:
     """(N, priors x values, h, w) -> (N, h x w x priors, values), the order of `priors`."""
     return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, values)
-
-
-def _load(net: Ultralight, path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(f"face detector weights {path} do not exist; give ultralight_face_slim_320.pth")
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a file that is not what it says
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(f"{path} holds no slim-320 face detector: {reason}") from error
