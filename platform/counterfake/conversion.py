@@ -24,10 +24,11 @@ from counterfake import faces, provenance, video
 from counterfake.blending import Blending, Floats, Place, compose, soft_mask
 from counterfake.errors import ConfigError, DataError
 from counterfake.evaluation.swap import Flicker
-from counterfake.faces import Box, Detector, Face, FaceDetector, Method, Pixels, Point, Sight, Track
+from counterfake.faces import Box, Detector, Face, FaceDetector, Method, Pixels, Point
 from counterfake.images import Preprocess
 from counterfake.learners.faceswap import swap_with_mask
 from counterfake.nets.swap_family import SwapFamily
+from counterfake.tracks import Sight, Track, track
 
 SOURCE_TYPE: provenance.SourceType = "compositeWithTrainedAlgorithmicMedia"
 T = TypeVar("T")
@@ -244,7 +245,7 @@ def follow(
 
     Raises DataError for a video without a face that is seen more than by chance, MediaError for one that cannot be read."""
     clip = video.frames(source, every=config.detect_every, limits=video.LOCAL)
-    tracks = faces.track(_counted(clip, progress, config.detect_every), detector, smoothing=config.smoothing)
+    tracks = track(_counted(clip, progress, config.detect_every), detector, smoothing=config.smoothing)
     if not tracks:
         raise DataError(
             f"no face was found by {detector.method} in {clip.info.frames} frames; nothing was written. Try another one with"

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from counterfake import conversion, faces, provenance, video
+from counterfake import conversion, provenance, tracks, video
 from counterfake.blending import Blending
 from counterfake.conversion import ConversionConfig, Painter, Positions
 from counterfake.errors import ConfigError, DataError, MediaError
-from counterfake.faces import Face, Sight, Track, moved
+from counterfake.faces import Face, moved
 from counterfake.images import Preprocess
 from counterfake.nets.swap import SwapConfig, SwapMaskConfig
 from counterfake.nets.swap_family import SwapFamily
 from counterfake.sources.synthetic import portrait
+from counterfake.tracks import Sight, Track
 
 CONFIG = ConversionConfig(label=False, detect_every=1)
 RNG = np.random.default_rng(5)
@@ -275,9 +276,9 @@ def test_smoothing_a_long_film_by_parts_gives_what_smoothing_it_at_once_does(
 ) -> None:
     at = np.arange(100.0)
     values = RNG.normal(size=(100, 4)).cumsum(axis=0)
-    whole = faces._steady(at, values, at, 3.0)
-    monkeypatch.setattr(faces, "STEADY_ROWS", 7)
-    assert faces._steady(at, values, at, 3.0) == pytest.approx(whole, abs=1e-12)
+    whole = tracks._steady(at, values, at, 3.0)
+    monkeypatch.setattr(tracks, "STEADY_ROWS", 7)
+    assert tracks._steady(at, values, at, 3.0) == pytest.approx(whole, abs=1e-12)
 
 
 def test_a_cut_of_a_moving_face_is_steady_to_a_fraction_of_a_pixel() -> None:

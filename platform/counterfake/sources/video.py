@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal
 
 from counterfake import faces, media, video
 from counterfake.errors import ConfigError, DataError, MediaError, NotFoundError
-from counterfake.faces import MARGIN, FaceDetector, Method, Sight, Track
+from counterfake.faces import MARGIN, FaceDetector, Method
 from counterfake.sources import Sample, Skipped, SourceConfig
 from counterfake.sources.folder import FAKE, REAL, SPLITS
 from counterfake.sources.listing import is_litter, listed, refusal
+from counterfake.tracks import Sight, Track, track
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 PART = 8  # videos that an ingest reads at a time: some seconds of work
@@ -75,7 +76,7 @@ class FaceCut:
     def _rows(self, file: Path, facts: Sample, detector: FaceDetector) -> Iterator[Sample | Skipped]:
         clip = self.frames_of(file)
         held: list[video.Frame] | None = [] if self._fits(clip.info) else None
-        tracks = faces.track(_holding(clip, held), detector)
+        tracks = track(_holding(clip, held), detector)
         tracks = tracks[:1] if self.keep == "frame" else tracks[: self.tracks or None]
         if not tracks:
             yield Skipped(facts.path, "no_face")
