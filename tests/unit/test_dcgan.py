@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from counterfake import config
 from counterfake.errors import ConfigError
 from counterfake.nets import NetConfig, dcgan
-from counterfake.nets.dcgan import SIZES, DcganDiscriminator, DcganGenerator, Dropout
+from counterfake.nets.dcgan import SIZES, DcganDiscriminator, DcganGenerator, LeakyDropout
 
 
 def trainable(module: nn.Module) -> int:
@@ -55,42 +56,80 @@ def test_keras_conventions() -> None:
     assert kernel.std().item() == pytest.approx(limit / 3**0.5, rel=0.01)
 
 
-def test_same_padding_puts_one_pixel_before_and_two_after() -> None:
-    """Keras: out[i] of a stride-2 5x5 kernel on 28 pixels reads inputs 2i-1 … 2i+3."""
-    discriminator = DcganDiscriminator(width=1, dropout=0.0, slope=1.0).build()
-    conv = discriminator.convs[0]
-    nn.init.zeros_(conv.weight)
-    conv.weight.data[0, 0, 0, 0] = 1.0  # the first tap
-    image = torch.arange(28.0 * 28).view(1, 1, 28, 28)
-    out = conv(nn.functional.pad(image, (1, 2, 1, 2)))
-    assert out.shape == (1, 1, 14, 14)
-    assert out[0, 0, 1, 1] == image[0, 0, 1, 1]  # 2 * 1 - 1
+@pytest.mark.parametrize("judge", [None, "map", "projection"])
+@pytest.mark.parametrize(("spectral", "training"), [(False, True), (False, False), (True, False)])
+def test_the_discriminator_is_that_of_keras(judge: str | None, spectral: bool, training: bool) -> None:
+    """Keras' "same" for a 5x5 kernel of stride 2 puts one pixel before an even size and two after it, and flattens."""
+    torch.manual_seed(0)
+    told = {"classes": 3, "judge": judge} if judge else {}
+    net = DcganDiscriminator(width=3, dropout=0.0, spectral_norm=spectral, **told).build().train(training)
+    pictures = torch.randn(4, 1, 28, 28, requires_grad=True)
+    classes = torch.tensor([2, 0, 1, 2])
+
+    def as_keras() -> torch.Tensor:
+        code = net.code(net.condition(classes)) if judge else None
+        x = torch.cat([pictures, code.view(4, 1, 28, 28)], dim=1) if judge == "map" else pictures
+        for conv in net.convs:
+            x = nn.functional.leaky_relu(conv(nn.functional.pad(x, (1, 2, 1, 2))), 0.3)
+        logits = net.dense(x.flatten(1)).squeeze(1)
+        return logits + (code * x.mean(dim=(2, 3))).sum(dim=1) if judge == "projection" else logits
+
+    inputs = [pictures, *net.parameters()]
+    ours, keras = net(pictures, *([classes] if judge else [])), as_keras()
+    torch.testing.assert_close(ours, keras, rtol=1e-5, atol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(ours.square().sum(), inputs),
+        torch.autograd.grad(keras.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_dropout_drops_its_share_and_keeps_the_mean(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     x = torch.ones(32, 16, 20, 20).to(memory_format=layout).requires_grad_()
-    out = Dropout(0.3)(x)
-    out.sum().backward()
-    assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
-    assert out.mean().item() == pytest.approx(1.0, abs=0.01)
-    assert torch.equal(x.grad, out.detach())  # of ones: the mask itself
-    assert out.stride() == x.stride()
+    shares = []
+    for _ in range(40):  # each call drops 76 or 77 of 256
+        out = LeakyDropout(0.2, 0.3)(x)
+        shares.append((out == 0).float().mean().item())
+        assert out.mean().item() == pytest.approx(1.0, abs=0.01)
+        assert out.stride() == x.stride()
+    assert all(0.290 < share < 0.307 for share in shares)
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.001)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out.detach())  # of ones: the mask itself
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 0.999])
+def test_dropout_has_the_slope_and_the_derivatives_of_leaky_relu(probability: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 50, dtype=torch.double, requires_grad=True)
+    out = LeakyDropout(0.2, probability)(x)
+    kept = out != 0
+    scale = (out / nn.functional.leaky_relu(x, 0.2))[kept]
+    torch.testing.assert_close(scale, scale[0].expand_as(scale))  # one scale for a call
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert torch.equal(slope[kept] > 0.5 * scale[0], x[kept] > 0)
+    torch.testing.assert_close(slope.detach() * x.detach(), out.detach())
+    (second,) = torch.autograd.grad((slope * x).sum(), x)  # as a gradient penalty takes it
+    torch.testing.assert_close(second, slope)
 
 
 def test_dropout_is_seeded_and_silent_in_evaluation() -> None:
-    layer, x = Dropout(0.5), torch.randn(7, 3)  # 21 elements: not a multiple of four
+    layer, x = LeakyDropout(0.2, 0.5), torch.randn(7, 3)  # 21 elements: not a multiple of eight
     draws = [(torch.manual_seed(1), layer(x))[1] for _ in range(2)]
     assert torch.equal(*draws)
-    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(layer.eval()(x), nn.functional.leaky_relu(x, 0.2))
 
 
 def test_dropout_masks_of_neighbours_are_independent() -> None:
     torch.manual_seed(0)
-    mask = (Dropout(0.5)(torch.ones(400_000)) > 0).float().view(-1, 4) - 0.5  # four slices of one draw
+    mask = (LeakyDropout(1.0, 0.5)(torch.ones(800_000)) > 0).float().view(
+        -1, 8
+    ) - 0.5  # eight bytes of one draw
     correlation = (mask.T @ mask / len(mask)) * 4
-    assert (correlation - torch.eye(4)).abs().max() < 0.02
+    assert (correlation - torch.eye(8)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("spectral", [False, True])

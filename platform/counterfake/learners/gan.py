@@ -359,7 +359,8 @@ class Gan:
         wasserstein = self.config.loss == "wasserstein"
         edge = (mean(real) + mean(fake)) / 2 if wasserstein else 0.0
         right, caught = mean((real > edge).float()), mean((fake < edge).float())
-        spread = pictures.detach()[:PREVIEW_ROWS].float().std(dim=0, correction=0).mean()
+        few = pictures.detach()[:PREVIEW_ROWS].float()
+        spread = (few - few.mean(dim=0)).square_().mean(dim=0).sqrt_().mean()  # std() is 5 times as slow
         values = {
             "d_loss": d_loss,
             "d_real_accuracy": right,

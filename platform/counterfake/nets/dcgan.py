@@ -124,7 +124,7 @@ class Discriminator(nn.Module):
         convs = [nn.Conv2d(widths[i], widths[i + 1], 5, stride=2) for i in range(depth)]
         self.dense = nn.Linear(widths[-1] * _base(config.size) ** 2, 1)
         self.convs = nn.ModuleList(convs)
-        self.dropout = Dropout(config.dropout)
+        self.activation = LeakyDropout(config.slope, config.dropout)
         self.projection = config.classes > 0 and config.judge == "projection"
         told = []
         if config.classes:
@@ -144,38 +144,51 @@ class Discriminator(nn.Module):
         code = self.code(self.condition(condition)) if self.config.classes else None
         if code is not None and not self.projection:
             x = torch.cat([x, code.view(-1, 1, *x.shape[2:]).to(x.dtype)], dim=1)  # (N, C + 1, H, W)
+        # Keras pads an even size by (1, 2). Mirrored, that is (2, 1): what padding=2 does, with no padded copy.
+        x = x.flip(2, 3)
         for conv in self.convs:
-            x = F.pad(x, (1, 2, 1, 2))  # "same" for a 5x5 kernel of stride 2 on an even size
-            x = self.dropout(F.leaky_relu(_read(conv, x), self.config.slope))  # (N, 2 C, H/2, W/2)
-        logits = self.dense(x.flatten(1)).squeeze(1)
+            x = self.activation(_read(conv, x))  # (N, 2 C, H/2, W/2), mirrored
+        logits = self._logit(x).squeeze(1)
         if code is not None and self.projection:
             logits = logits + (code * x.mean(dim=(2, 3))).sum(dim=1)
         return logits
 
+    def _logit(self, x: Tensor) -> Tensor:
+        """The dense layer for mirrored maps (N, C, H, W) -> (N, 1); in training it reads them as they lie, channels last."""
+        if not self.training:
+            return self.dense(x.flip(2, 3).flatten(1))
+        weight = self.dense.weight.view(x.shape[1:]).flip(1, 2).permute(1, 2, 0)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.reshape(1, -1), self.dense.bias)
 
-class Dropout(nn.Module):
-    """Dropout whose masks on the CPU are 16-bit slices of 64-bit draws: nn.Dropout draws a double per element there.
 
-    The probability is rounded to 1/65536 and the scale follows it, so that the mean is kept exactly."""
+class LeakyDropout(nn.Module):
+    """LeakyReLU, then dropout; in training on a CPU one pass over memory for each direction.
 
-    def __init__(self, probability: float) -> None:
+    Masks are bytes of 64-bit draws (nn.Dropout draws a double per element), so one call drops k / 256, where k is drawn as one of
+    the two neighbours of 256 `probability` that keep it exact on average; the scale follows k, which keeps the mean."""
+
+    def __init__(self, slope: float, probability: float) -> None:
         super().__init__()
-        self.probability = probability
-        self._dropped = round(probability * 2**16)
+        self.slope, self.probability = slope, probability
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self._dropped == 0:
-            return x
+        if not self.training or not self.probability:
+            return F.leaky_relu(x, self.slope)
         if x.device.type != "cpu":
-            return F.dropout(x, self.probability)
+            return F.dropout(F.leaky_relu(x, self.slope), self.probability)
         x = x if _is_dense(x) else x.contiguous()
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-        keep = (bits >= self._dropped - 2**15).to(x.dtype)
-        return x * keep.mul_(2**16 / (2**16 - self._dropped))
+        return _Scaled.apply(x, self._factors(x.detach()))  # type: ignore[no-any-return, no-untyped-call]
+
+    def _factors(self, x: Tensor) -> Tensor:
+        """What each element is multiplied by: 1 or the slope, over the share that is kept; 0 where it is dropped."""
+        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        octets = draws.view(torch.uint8)[: x.numel()].as_strided(x.shape, x.stride())
+        dropped = min(math.floor(256 * self.probability + torch.rand(()).item()), 255)
+        keep = (octets >= dropped).to(x.dtype).mul_(256 / (256 - dropped))
+        return torch.ops.aten.leaky_relu_backward(keep, x, self.slope, False)  # keep * derivative at x
 
     def extra_repr(self) -> str:
-        return f"probability={self.probability}"
+        return f"slope={self.slope}, probability={self.probability}"
 
 
 def init_like_keras(module: nn.Module) -> None:
@@ -217,13 +230,12 @@ def _as_patches(channels: int, x: Tensor) -> bool:
 
 
 def _read(conv: Any, x: Tensor) -> Tensor:
-    """`conv(x)` of an nn.Conv2d for x (N, C, H, W)."""
+    """The convolution of mirrored pictures (N, C, H, W) of even size with the mirrored kernel, halved, "same"."""
+    kernel, side = conv.weight.flip(2, 3), x.shape[-1] // 2
     if not _as_patches(conv.in_channels, x):
-        return conv(x)
-    (kernel, _), (stride, _) = conv.kernel_size, conv.stride
-    side = (x.shape[-1] - kernel) // stride + 1
-    patches = F.unfold(x, kernel, stride=stride).transpose(1, 2).flatten(0, 1)  # (N h w, 25)
-    maps = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (N h w, C')
+        return F.conv2d(x, kernel, conv.bias, stride=2, padding=2)
+    patches = F.unfold(x, 5, padding=2, stride=2).transpose(1, 2).flatten(0, 1)  # (N H/2 W/2, 25)
+    maps = F.linear(patches, kernel.flatten(1), conv.bias)  # (N H/2 W/2, C')
     return maps.view(len(x), side, side, conv.out_channels).permute(0, 3, 1, 2)
 
 
@@ -240,3 +252,16 @@ def _paint(conv: Any, x: Tensor) -> Tensor:
 
 def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+class _Scaled(torch.autograd.Function):
+    """x * factors, of which only x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return x * factors
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0], None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from counterfake.nets import NetConfig
 from counterfake.nets.conditioning import Condition
-from counterfake.nets.dcgan import Dropout, init_like_keras
+from counterfake.nets.dcgan import LeakyDropout, init_like_keras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
         self.condition = Condition(config.classes, config.embedding) if config.classes else None
         told = self.condition.width if self.condition else 0
         self.layers = _dense((config.channels * config.size**2 + told, *config.widths, 1))
-        self.dropout = Dropout(config.dropout)
+        self.activation = LeakyDropout(config.slope, config.dropout)
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
         """images (N, C, H, W) in [-1, 1], with classes also what they should show -> logits (N,)."""
@@ -97,7 +97,7 @@ class Discriminator(nn.Module):
         if self.condition:
             x = torch.cat([x, self.condition(condition).to(x.dtype)], dim=1)
         for layer in self.layers[:-1]:
-            x = self.dropout(F.leaky_relu(layer(x), self.config.slope))
+            x = self.activation(layer(x))
         return self.layers[-1](x).squeeze(1)
 
 
