@@ -21,7 +21,7 @@ MobileNetV2 at 192 px 19 to 31 and 46 to 48.
 training pictures worse with the robustness grid's own functions; `stylegan-ffhq-256-robust` does, for about 1 ms of a decoding
 thread per picture (256 px). The recipes on faces end after 3 epochs without a better val_auc.
 Run to their end, in EXPERIMENTS: cifake-32 (20 epochs in 31 min on one thread: 95.9 %, 94.6 to 97.1, of the test pictures),
-ciplab (72.5 %, 69.9 to 75.2, AUC .816, of three folds with near-copies on one side; the article's 75 % was measured on its own
+ciplab (73.6 %, 71.4 to 75.7, AUC .817, of five folds with near-copies on one side; the article's 75 % was measured on its own
 training pictures), mobilenetv2-ciplab, the plain way (60.5 %, 55.3 to 65.3) and stylegan-ffhq-256 (AUC .905, .868 to .939).
 mobilenetv2-demo is part of `make demo`. For the others there is no figure yet. `ciplab` needs the eyes of faces, which
 its ingest finds in two of three, better five points: ingest with landmarks_model.
