@@ -64,7 +64,7 @@ class BenchmarkJob:
     seconds: float = 5.0  # measured in each turn, after the warm-up
     peers: tuple[str, ...] = ()  # whom to measure against; empty = all
     precision: Literal["fp32", "bf16"] = "fp32"  # of our training steps; with `gpu` always bf16
-    matmul: Literal["highest", "high", "medium"] = "highest"  # of our training steps, as in loop.matmul
+    matmul: Literal["auto", "highest", "high", "medium"] = "auto"  # of our training steps, as in loop.matmul
     gpu: bool = False  # the benchmark's steps on a GPU: benchmarks/gpu.py, which reads `seconds` only
 
     def __post_init__(self) -> None:
@@ -235,12 +235,12 @@ def storage() -> BenchmarkJob:
 
 def gan() -> BenchmarkJob:
     """Training steps of the article's MNIST DCGAN at batch 256; `--set precision=bf16` for mixed precision."""
-    return BenchmarkJob(name="gan", pictures=1536, size=28, batch_size=256, seconds=8, matmul="medium")
+    return BenchmarkJob(name="gan", pictures=1536, size=28, batch_size=256, seconds=8)
 
 
 def gan_dense() -> BenchmarkJob:
     """Training steps of the dense GAN of the articles at batch 128."""
-    return BenchmarkJob(name="gan_dense", pictures=1536, size=28, batch_size=128, seconds=4, matmul="medium")
+    return BenchmarkJob(name="gan_dense", pictures=1536, size=28, batch_size=128, seconds=4)
 
 
 def autoencoder() -> BenchmarkJob:
@@ -250,23 +250,17 @@ def autoencoder() -> BenchmarkJob:
 
 def swap() -> BenchmarkJob:
     """Training steps of swap-shared in full, ours in bf16; `--set precision=fp32 --set matmul=highest` for the original's."""
-    return BenchmarkJob(
-        name="swap", pictures=64, size=64, batch_size=32, seconds=10, precision="bf16", matmul="medium"
-    )
+    return BenchmarkJob(name="swap", pictures=64, size=64, batch_size=32, seconds=10, precision="bf16")
 
 
 def training() -> BenchmarkJob:
     """The article's DCGAN at batch 256 through Ray Train, data plane and MLflow: one worker and two of one thread each."""
-    return BenchmarkJob(
-        name="training", pictures=8192, size=28, batch_size=256, threads=1, seconds=60, matmul="medium"
-    )
+    return BenchmarkJob(name="training", pictures=8192, size=28, batch_size=256, threads=1, seconds=60)
 
 
 def detector() -> BenchmarkJob:
     """MobileNetV2 on 64 px JPEG pictures at batch 32 through Ray Train, data plane and MLflow."""
-    return BenchmarkJob(
-        name="detector", pictures=2048, size=64, batch_size=32, threads=1, seconds=60, matmul="medium"
-    )
+    return BenchmarkJob(name="detector", pictures=2048, size=64, batch_size=32, threads=1, seconds=60)
 
 
 def serving() -> BenchmarkJob:

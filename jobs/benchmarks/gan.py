@@ -21,7 +21,6 @@ UNIT = "images/s"
 LIMIT = ""
 NEEDS = {"tensorflow": ("tensorflow-cpu",), "tensorflow-bf16": ("tensorflow-cpu",)}
 LOSS_STEPS = 20  # steps whose losses are compared, the warm-up among them
-FP32_ERROR = 1e-5  # of a product, in units of its own scale; more is another precision
 NOISE = 100
 
 
@@ -75,14 +74,13 @@ def learner_step(config: Any, spec: Spec) -> Contestant:
     """Steps of our learner with these networks and losses, on the benchmark's pictures."""
     import torch
 
-    from counterfake import dist, memory
+    from counterfake import dist, memory, precision
     from counterfake.data import Batch
     from counterfake.learners import LearnerContext
 
     torch.set_num_threads(spec.threads)
-    torch.set_float32_matmul_precision(spec.matmul)
-    if spec.precision == "fp32" and _matmul_error() > FP32_ERROR:
-        torch.set_float32_matmul_precision("highest")  # a processor where less than fp32 is meant
+    cpu = torch.device("cpu")
+    precision.set_matmul(spec.matmul, cpu)
     memory.keep()  # as every training process of ours does
     dist.seed_build(spec.seed)
     pictures = torch.from_numpy(pictures_of(spec)).permute(0, 3, 1, 2)
@@ -117,17 +115,10 @@ def learner_step(config: Any, spec: Spec) -> Contestant:
         return spec.batch_size
 
     return Contestant(
-        step, warmup=3, facts=lambda: {"losses": losses.mean(step), "matmul_error": _matmul_error()}
+        step,
+        warmup=3,
+        facts=lambda: {"losses": losses.mean(step), "matmul_error": precision.matmul_error(cpu)},
     )
-
-
-def _matmul_error() -> float:
-    """Largest error of a product at the set precision, in units of its own scale: 1e-6 is fp32, 1e-2 is bf16."""
-    import torch
-
-    a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    exact = a.double() @ b.double()
-    return float((a @ b - exact).abs().max() / exact.abs().max())
 
 
 # -- peers ----------------------------------------------------------------------------------------------------------

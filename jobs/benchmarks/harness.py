@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ENDS_AFTER = 600  # seconds a contestant may take, its warm-up included
 
@@ -28,7 +28,7 @@ class Spec:
     size: int  # pixels
     threads: int
     precision: str
-    matmul: str
+    matmul: Literal["auto", "highest", "high", "medium"]
     seed: int  # the number of the repeat
     seconds: float  # to measure, after the warm-up
 

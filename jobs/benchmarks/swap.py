@@ -49,13 +49,13 @@ def conclusions(facts: dict[str, Any]) -> dict[str, Any]:
 def _counterfake(spec: Spec) -> Contestant:
     import torch
 
-    from counterfake import dist, memory
+    from counterfake import dist, memory, precision
     from counterfake.data import Batch
     from counterfake.learners import LearnerContext
     from counterfake.learners.faceswap import FaceSwapConfig
 
     torch.set_num_threads(spec.threads)
-    torch.set_float32_matmul_precision(spec.matmul)
+    precision.set_matmul(spec.matmul, torch.device("cpu"))
     memory.keep()  # as every training process of ours does
     dist.seed_build(spec.seed)
     faces = torch.from_numpy(_faces(spec)).permute(0, 1, 4, 2, 3)

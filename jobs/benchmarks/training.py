@@ -142,12 +142,12 @@ def _stepping(job: Any, spec: Spec) -> tuple[Callable[[Any], Any], list[Any]]:
     """The step of a new learner, set up as a worker does, and READY batches of the job's data."""
     import torch
 
-    from counterfake import dist, memory
+    from counterfake import dist, memory, precision
     from counterfake.data import Loader
     from counterfake.learners import LearnerContext
 
     torch.set_num_threads(spec.threads)
-    torch.set_float32_matmul_precision(spec.matmul)
+    precision.set_matmul(spec.matmul, torch.device("cpu"))
     memory.keep()
     loader = Loader(job.data)
     context = LearnerContext(

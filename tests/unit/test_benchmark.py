@@ -237,18 +237,6 @@ def test_our_gan_step_and_the_plain_one_lose_alike(tmp_path: Path, monkeypatch: 
     assert found["matmul_error"] < 1e-5
 
 
-def test_a_processor_whose_medium_products_are_not_fp32_gets_the_highest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = gan.setting_up(types.SimpleNamespace(pictures=32, size=28), tmp_path, None)
-    chosen: list[str] = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    monkeypatch.setattr(gan, "_matmul_error", lambda: 1e-2)
-    gan.CONTESTANTS["counterfake"](spec(inputs=inputs, matmul="medium"))
-    gan.CONTESTANTS["counterfake"](spec(inputs=inputs, matmul="medium", precision="bf16"))
-    assert chosen == ["medium", "highest", "medium"]
-
-
 def test_the_dense_gan_and_the_plain_one_lose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gan, "LOSS_STEPS", 4)
     inputs = gan_dense.setting_up(types.SimpleNamespace(pictures=32, size=28), tmp_path, None)

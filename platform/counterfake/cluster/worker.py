@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from counterfake import boxes, checkpoint, dist, loop, memory
+from counterfake import boxes, checkpoint, dist, loop, memory, precision
 from counterfake.bundle import Kind, write_nets
 from counterfake.config import from_dict, to_dict
 from counterfake.data import Batch, DataConfig, Loader, used_sources
@@ -265,7 +265,7 @@ def _check_shared(order: Order) -> None:
 def _set_process(job: loop.TrainJob) -> None:
     threads = job.loop.threads or (max(1, int(job.cpus_per_worker)) if job.workers else os.cpu_count() or 1)
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(job.loop.matmul)
+    precision.set_matmul(job.loop.matmul, dist.device())
     memory.keep()
 
 
