@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from counterfake import images, media
 from counterfake.config import from_dict, to_dict
 from counterfake.errors import CheckpointError, ConfigError
-from counterfake.nets import NetConfig
+from counterfake.nets import NetConfig, mobilenetv2
 from counterfake.nets.backbone import ImageNetClassifier
-from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.nets.mobilenetv2 import MobileNetV2Config, Origin
 
 TOP1 = {  # file -> words of the class its name promises
     "bird": "chickadee",
@@ -83,14 +84,61 @@ def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> N
         MobileNetV2Config(weights=str(tmp_path / "none.pth")).build()
 
 
-def test_tensorflow_origin_pads_stride_two_on_the_far_side_only() -> None:
-    """A stride-2 convolution that picks its window's first pixel returns the even pixels, not the odd ones before them."""
-    conv = MobileNetV2Config(width_mult=0.25).build().features[0][0]
-    with torch.no_grad():
-        conv.weight.zero_()
-        conv.weight[:, 0, 0, 0] = 1
-    picture = torch.arange(64.0).view(1, 1, 8, 8).repeat(1, 3, 1, 1)
-    assert torch.equal(conv(picture)[0, 0], picture[0, 0, ::2, ::2])
+@pytest.mark.parametrize("origin", ["tensorflow", "torch"])
+@pytest.mark.parametrize("size", [64, 33])
+def test_the_layers_are_those_of_keras_or_torchvision(origin: Origin, size: int) -> None:
+    """Keras pads (0, 1) before a stride of 2 where the side is even; all else is padded alike on both sides."""
+    torch.manual_seed(0)
+    net = MobileNetV2Config(width_mult=0.25, origin=origin).build().features.double().eval()
+    for statistic in net.buffers():  # so that batch norm does something, and differs by channel
+        if statistic.is_floating_point():
+            statistic.uniform_(0.5, 1.5)
+    pictures = torch.rand(2, 3, size, size, dtype=torch.double) * 2 - 1
+
+    def plain(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(conv, mobilenetv2.Conv3x3):
+            return conv(x)
+        far_only = origin == "tensorflow" and conv.stride[0] == 2 and x.shape[-1] % 2 == 0
+        x = nn.functional.pad(x, (0, 1, 0, 1) if far_only else (1, 1, 1, 1))
+        return nn.functional.conv2d(x, conv.weight, stride=conv.stride, groups=conv.groups)
+
+    def through(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, mobilenetv2.InvertedResidual):
+            y = through(layer.conv, x)
+            return x + y if layer.residual else y
+        if isinstance(layer, nn.Sequential):
+            for inner in layer:
+                x = through(inner, x)
+            return x
+        return plain(layer, x)
+
+    ours, theirs = net(pictures), through(net, pictures)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    weights = list(net.parameters())
+    for one, other in zip(
+        torch.autograd.grad(ours.square().sum(), weights),
+        torch.autograd.grad(theirs.square().sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_strided_depthwise_convolution_in_bf16_has_the_derivatives_of_fp32() -> None:
+    torch.manual_seed(0)
+    conv = mobilenetv2.Conv3x3(8, 8, 2, 8, turned=True)
+    maps = torch.randn(4, 8, 16, 16).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(maps)
+    assert out.dtype == torch.bfloat16
+    gradient = torch.randn_like(out)
+    found = torch.autograd.grad(out, [maps, conv.weight], gradient)
+    exact = torch.autograd.grad(conv(maps.float()), [maps, conv.weight], gradient.float())
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0].float(), exact[0].float(), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(found[1], exact[1], rtol=1e-5, atol=1e-5)
+    conv.weight.requires_grad_(False)  # frozen features: the maps have a gradient, the kernel none
+    (alone,) = torch.autograd.grad(conv(maps), maps, gradient)
+    torch.testing.assert_close(alone, found[0])
 
 
 @pytest.mark.parametrize(("size", "stride", "side"), [(64, 2, 2), (64, 1, 4), (32, 1, 2), (33, 2, 2)])

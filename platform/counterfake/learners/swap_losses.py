@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from counterfake.errors import ConfigError
 from counterfake.nets.backbone import ImageNetInput, load_weights
-from counterfake.nets.mobilenetv2 import MobileNetV2Config
+from counterfake.nets.mobilenetv2 import HalfTurned, MobileNetV2Config
 from counterfake.nets.resnet import resnet50
 
 SSIM_SIGMA = 1.5  # pixels, of the Gaussian window
@@ -185,6 +185,10 @@ class Perceptual:
         features, found = 2 * pictures - 1, []
         if isinstance(self.net, ImageNetInput):
             features = features * self.net.scale + self.net.shift
+        if isinstance(
+            self.net, HalfTurned
+        ):  # each layer alone does not turn; both sides of the distance are alike
+            features = features.flip(2, 3)
         for name, layer in self.net.named_children():
             features = layer(features)
             if name in self.stages:
@@ -198,7 +202,7 @@ def _perceptual_net(kind: PerceptualNet) -> tuple[nn.Sequential, tuple[str, ...]
         return ImageNetInput(resnet50().layers(inputs=3)[0]), ("layer1", "layer2", "layer3", "layer4"), ""
     layers, _ = MobileNetV2Config().features()
     assert isinstance(layers, nn.Sequential), "MobileNetV2 is a row of layers"
-    return nn.Sequential(*list(layers)[:18]), ("3", "6", "13", "17"), "features."
+    return HalfTurned(*list(layers)[:18]), ("3", "6", "13", "17"), "features."
 
 
 def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
