@@ -135,7 +135,7 @@ def test_a_strided_depthwise_convolution_in_bf16_has_the_derivatives_of_fp32() -
     exact = torch.autograd.grad(conv(maps.float()), [maps, conv.weight], gradient.float())
     assert found[0].dtype == torch.bfloat16
     torch.testing.assert_close(found[0].float(), exact[0].float(), rtol=2**-8, atol=1e-6)
-    torch.testing.assert_close(found[1], exact[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], exact[1], rtol=2**-7, atol=2**-7 * float(exact[1].abs().max()))
     conv.weight.requires_grad_(False)  # frozen features: the maps have a gradient, the kernel none
     (alone,) = torch.autograd.grad(conv(maps), maps, gradient)
     torch.testing.assert_close(alone, found[0])

@@ -138,9 +138,9 @@ def _eps(origin: Origin) -> float:
 
 
 class _StridedDepthwise(torch.autograd.Function):
-    """A depthwise 3×3 convolution of stride 2 in bf16 on a CPU, whose derivatives are taken in fp32.
+    """A depthwise 3×3 convolution of stride 2 in bf16 on a CPU, whose images have their derivatives in fp32.
 
-    oneDNN's in bf16 take 1.4 to 15 times as long, the more channels the longer (EXPERIMENTS)."""
+    oneDNN's in bf16 take 3 to 50 times as long, the more channels the longer (EXPERIMENTS)."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, kernel: Tensor) -> Tensor:
@@ -151,10 +151,13 @@ class _StridedDepthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         images, kernel = ctx.saved_tensors
         shape = ([2, 2], [1, 1], [1, 1], False, [0, 0], len(kernel))  # stride, padding, dilation, …, groups
-        of_images, of_kernel, _ = torch.ops.aten.convolution_backward(
-            gradient.float(), images.float(), kernel.float(), None, *shape, [*ctx.needs_input_grad, False]
-        )
-        return (
-            None if of_images is None else of_images.to(images.dtype),
-            None if of_kernel is None else of_kernel.to(kernel.dtype),
-        )
+        backward = torch.ops.aten.convolution_backward
+        of_images = of_kernel = None
+        if ctx.needs_input_grad[0]:
+            like = torch.empty_like(images, dtype=torch.float32)  # only its shape is read
+            wide = backward(gradient.float(), like, kernel.float(), None, *shape, [True, False, False])
+            of_images = wide[0].to(images.dtype)
+        if ctx.needs_input_grad[1]:
+            given = gradient, images, kernel.to(images.dtype)
+            of_kernel = backward(*given, None, *shape, [False, True, False])[1].to(kernel.dtype)
+        return of_images, of_kernel
