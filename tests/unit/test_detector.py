@@ -17,7 +17,7 @@ from counterfake.config import override
 from counterfake.data import Batch
 from counterfake.errors import ConfigError, DataError
 from counterfake.learners import LearnerContext, detector
-from counterfake.learners.augmentation import AugmentationConfig, augment, blur, jittered, jpeg
+from counterfake.learners.augmentation import AugmentationConfig, augment, blur, cropped, jittered, jpeg
 from counterfake.learners.detector import (
     DetectorConfig,
     DetectorLearner,
@@ -28,6 +28,7 @@ from counterfake.learners.detector import (
     thawing,
 )
 from counterfake.nets import NetConfig
+from counterfake.nets.meso import MesoConfig
 from counterfake.nets.mobilenetv2 import MobileNetV2Config
 from counterfake.nets.probe import ProbeConfig
 from counterfake.nets.temporal import TemporalConfig
@@ -102,6 +103,33 @@ def test_jitter_moves_whole_pixels_and_reflects_the_border(photo: np.ndarray) ->
     windows = [padded[0, :, y : y + height, x : x + width] for y in range(7) for x in range(7)]
     assert all(any(torch.equal(row, window) for window in windows) for row in moved)
     assert len({float(row[0, 0, 0]) for row in moved}) > 1
+
+
+def test_a_crop_is_a_window_of_the_picture_anywhere_in_it(photo: np.ndarray) -> None:
+    torch.manual_seed(0)
+    whole = _tensor(photo)[:, :, :9, :12]
+    windows = [whole[0, :, y : y + 7, x : x + 7] for y in range(3) for x in range(6)]
+    found = [
+        next(i for i, window in enumerate(windows) if torch.equal(row, window))
+        for row in cropped(whole.repeat(400, 1, 1, 1), 7)
+    ]
+    assert set(found) == set(range(18))
+    assert augment(whole, override(AugmentationConfig.off(), {"crop": 7})).shape == (1, 3, 7, 7)
+    assert torch.equal(cropped(whole, 0), whole)
+
+
+def test_a_detector_learns_from_windows_and_judges_whole_pictures() -> None:
+    windows = replace(AugmentationConfig.off(), crop=24)
+    whole, parts = make_learner(), make_learner(augmentation=windows)
+    torch.testing.assert_close(
+        whole.net.state_dict(), parts.net.state_dict()
+    )  # looking at it first draws nothing
+    seen: list[tuple[int, ...]] = []
+    parts.net.features.register_forward_hook(lambda _, given, __: seen.append(tuple(given[0].shape)))
+    for step in range(2):
+        parts.step(make_batch(step))
+    parts.validate([make_batch()])
+    assert [shape[2:] for shape in seen] == [(24, 24), (24, 24), (32, 32)]
 
 
 # -- learning -------------------------------------------------------------------------------------------------------
@@ -484,6 +512,14 @@ def test_settings_that_cannot_work_are_refused() -> None:
         AugmentationConfig(blur=(0.1, 3.0))
     with pytest.raises(ConfigError, match="label_smoothing"):
         DetectorConfig(label_smoothing=1.0)
+    with pytest.raises(ConfigError, match="jitter and crop must be at least 0 pixels, got 0 and -1"):
+        AugmentationConfig(crop=-1)
+    with pytest.raises(ConfigError, match=r"crop is 64 px but the pictures have 32; set it to at most"):
+        make_learner(augmentation=AugmentationConfig(crop=64))
+    with pytest.raises(
+        ConfigError, match=r"MesoNet reads pictures of one size, not windows of 24 px; .*crop=0"
+    ):
+        make_learner(net=MesoConfig.tiny(), augmentation=AugmentationConfig(crop=24))
     context = LearnerContext(batch_size=16, images_per_epoch=100, total_images=100, size=32, channels=1)
     with pytest.raises(ConfigError, match="reads RGB"):
         DetectorConfig(net=MobileNetV2Config.tiny()).build(device=CPU, context=context)

@@ -41,6 +41,7 @@ class AugmentationConfig:
     jitter: int = (
         0  # translation by up to so many whole pixels, each axis, border reflected; nothing is interpolated
     )
+    crop: int = 0  # pixels of a side of the random window that is learned from; 0 = the whole picture
     brightness: float = 0.1  # added, of the full range [-1, 1] halved
     contrast: float = 0.2  # factor in [1 - c, 1 + c] about the picture's mean
     colour: float = 0.05  # factor per channel in [1 - c, 1 + c]
@@ -53,8 +54,8 @@ class AugmentationConfig:
         shares = (self.flip, self.geometry, self.probability)
         if not all(0 <= share <= 1 for share in shares):
             raise ConfigError(f"flip, geometry and probability must lie in [0, 1], got {shares}")
-        if self.jitter < 0:
-            raise ConfigError(f"jitter must be at least 0 pixels, got {self.jitter}")
+        if min(self.jitter, self.crop) < 0:
+            raise ConfigError(f"jitter and crop must be at least 0 pixels, got {self.jitter} and {self.crop}")
         if self.blur and self.blur[1] > MOST_SIGMA:
             raise ConfigError(
                 f"augmentation.blur reaches sigma {MOST_SIGMA:g}, got {self.blur[1]:g}; "
@@ -67,8 +68,8 @@ class AugmentationConfig:
 
 
 def augment(images: Tensor, config: AugmentationConfig) -> Tensor:
-    """images (N, C, H, W) in [-1, 1] -> the same shape and range, each picture changed on its own."""
-    images = jittered(_move(images, config), config.jitter)
+    """images (N, C, H, W) in [-1, 1] -> (N, C, H, W), or (N, C, crop, crop), each picture changed on its own."""
+    images = cropped(jittered(_move(images, config), config.jitter), config.crop)
     images = _relight(images, config)
     images = _degrade(images, config)
     return images.clamp(-1, 1)
@@ -122,6 +123,18 @@ def jittered(images: Tensor, most: int) -> Tensor:
     rows, columns = (_reflected(n, side, most, images.device) for side in (height, width))
     which = torch.arange(n, device=images.device)[:, None, None]
     return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+def cropped(images: Tensor, side: int) -> Tensor:
+    """A random window of each picture (N, C, H, W) -> (N, C, side, side); 0 = all of it."""
+    if side == 0:
+        return images
+    n, _, *sides = images.shape
+    device = images.device
+    starts = (torch.randint(whole - side + 1, (n, 1), device=device) for whole in sides)
+    rows, columns = (start + torch.arange(side, device=device) for start in starts)  # (N, side) each
+    which = torch.arange(n, device=device)[:, None, None]
+    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class DetectorLearner:
         self.config, self.context, self.device = config, context, device
         # channels_last: 1.5 times the steps/s of MobileNetV2 on a CPU in fp32
         self.net: nn.Module = config.net.build().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _check_crop(self.net, config.augmentation.crop, context.size)
         features, head = (context.compiled(part) for part in _parts(self.net))
         self._features, self._head = dist.data_parallel(features), dist.data_parallel(head)
         self.average = copy.deepcopy(self.net).requires_grad_(False) if config.ema_halflife_images else None
@@ -346,6 +347,25 @@ def _figures(logits: Tensor, fake: Tensor, makers: Tensor, names: tuple[str, ...
 def _auc(logits: Tensor, fake: Tensor) -> float:
     fpr, tpr, _ = detection.roc(fake.numpy(), logits.numpy())
     return float(np.trapezoid(tpr, fpr))
+
+
+@torch.no_grad()
+def _check_crop(net: nn.Module, crop: int, size: int) -> None:
+    """Raises ConfigError unless `net` reads windows of `crop` px as it reads pictures of `size`; 0 = there are none."""
+    if crop > size:
+        raise ConfigError(
+            f"learner.augmentation.crop is {crop} px but the pictures have {size}; set it to at most data.preprocess.size"
+        )
+    if not crop:
+        return
+    try:
+        net.eval()(torch.zeros(1, 3, crop, crop, device=next(net.parameters()).device))
+    except (RuntimeError, ConfigError) as error:
+        raise ConfigError(
+            f"{type(net).__name__} reads pictures of one size, not windows of {crop} px; set learner.augmentation.crop=0"
+        ) from error
+    finally:
+        net.train()
 
 
 def _parts(net: nn.Module) -> tuple[nn.Module, nn.Module]:
