@@ -123,24 +123,6 @@ def test_the_layers_are_those_of_keras_or_torchvision(origin: Origin, size: int)
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-def test_a_strided_depthwise_convolution_in_bf16_has_the_derivatives_of_fp32() -> None:
-    torch.manual_seed(0)
-    conv = mobilenetv2.Conv3x3(8, 8, 2, 8, turned=True)
-    maps = torch.randn(4, 8, 16, 16).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv(maps)
-    assert out.dtype == torch.bfloat16
-    gradient = torch.randn_like(out)
-    found = torch.autograd.grad(out, [maps, conv.weight], gradient)
-    exact = torch.autograd.grad(conv(maps.float()), [maps, conv.weight], gradient.float())
-    assert found[0].dtype == torch.bfloat16
-    torch.testing.assert_close(found[0].float(), exact[0].float(), rtol=2**-8, atol=1e-6)
-    torch.testing.assert_close(found[1], exact[1], rtol=2**-7, atol=2**-7 * float(exact[1].abs().max()))
-    conv.weight.requires_grad_(False)  # frozen features: the maps have a gradient, the kernel none
-    (alone,) = torch.autograd.grad(conv(maps), maps, gradient)
-    torch.testing.assert_close(alone, found[0])
-
-
 @pytest.mark.parametrize(("size", "stride", "side"), [(64, 2, 2), (64, 1, 4), (32, 1, 2), (33, 2, 2)])
 def test_any_side_from_32_pixels_works(size: int, stride: int, side: int) -> None:
     net = MobileNetV2Config(width_mult=0.25, hidden=8, stem_stride=stride).build().eval()

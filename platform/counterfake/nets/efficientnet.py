@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from counterfake.errors import ConfigError
 from counterfake.nets.backbone import BackboneConfig, ImageNetInput, StochasticDepth, rounded
+from counterfake.nets.depthwise import Depthwise
 
 # (expansion, kernel, stride of the first block, channels, blocks); table 1 of the paper
 STAGES = (
@@ -85,7 +86,7 @@ class MBConv(nn.Module):
         expand = [conv_bn(inputs, hidden, 1)] if expansion != 1 else []
         self.block = nn.Sequential(
             *expand,
-            conv_bn(hidden, hidden, kernel, stride, groups=hidden),
+            conv_bn(hidden, hidden, kernel, stride, each=True),
             SqueezeExcite(hidden, max(1, inputs // SQUEEZE)),
             conv_bn(hidden, outputs, 1, act=False),
         )
@@ -111,8 +112,12 @@ class SqueezeExcite(nn.Module):
 
 
 def conv_bn(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, *, groups: int = 1, act: bool = True
+    inputs: int, outputs: int, kernel: int, stride: int = 1, *, each: bool = False, act: bool = True
 ) -> nn.Sequential:
-    """Convolution, BatchNorm and, with `act`, SiLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    """Convolution (`each`: depthwise), BatchNorm and, with `act`, SiLU."""
+    conv: nn.Module
+    if each:
+        conv = Depthwise(inputs, kernel, stride)
+    else:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), *([nn.SiLU(inplace=True)] if act else []))

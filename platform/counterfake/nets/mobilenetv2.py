@@ -10,14 +10,14 @@ Weights converted from TensorFlow pad stride-2 convolutions on the right and bot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from counterfake.errors import ConfigError
 from counterfake.nets.backbone import BackboneConfig, rounded
+from counterfake.nets.depthwise import depthwise
 
 # (expansion, channels, blocks, stride of the first block); table 2 of the paper
 STAGES = (
@@ -94,13 +94,9 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         kernel = self.weight.flip(2, 3) if self.turned else self.weight
-        if (
-            images.dtype == torch.bfloat16
-            and images.device.type == "cpu"
-            and self.groups > 1 < self.stride[0]
-        ):
-            return _StridedDepthwise.apply(images, kernel)  # type: ignore[no-any-return, no-untyped-call]
-        return F.conv2d(images, kernel, None, self.stride, self.padding, groups=self.groups)
+        if self.groups > 1:
+            return depthwise(images, kernel, self.stride[0])
+        return F.conv2d(images, kernel, None, self.stride, self.padding)
 
 
 class InvertedResidual(nn.Module):
@@ -135,29 +131,3 @@ def conv_bn(
 
 def _eps(origin: Origin) -> float:
     return 1e-3 if origin == "tensorflow" else 1e-5
-
-
-class _StridedDepthwise(torch.autograd.Function):
-    """A depthwise 3×3 convolution of stride 2 in bf16 on a CPU, whose images have their derivatives in fp32.
-
-    oneDNN's in bf16 take 3 to 50 times as long, the more channels the longer (EXPERIMENTS)."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(images, kernel)
-        return F.conv2d(images, kernel.to(images.dtype), stride=2, padding=1, groups=len(kernel))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        images, kernel = ctx.saved_tensors
-        shape = ([2, 2], [1, 1], [1, 1], False, [0, 0], len(kernel))  # stride, padding, dilation, …, groups
-        backward = torch.ops.aten.convolution_backward
-        of_images = of_kernel = None
-        if ctx.needs_input_grad[0]:
-            like = torch.empty_like(images, dtype=torch.float32)  # only its shape is read
-            wide = backward(gradient.float(), like, kernel.float(), None, *shape, [True, False, False])
-            of_images = wide[0].to(images.dtype)
-        if ctx.needs_input_grad[1]:
-            given = gradient, images, kernel.to(images.dtype)
-            of_kernel = backward(*given, None, *shape, [False, True, False])[1].to(kernel.dtype)
-        return of_images, of_kernel
