@@ -15,7 +15,7 @@ LIBRARY = ROOT / "platform" / "counterfake"
 
 # Layer of each room of counterfake; a module may import its own layer and lower ones.
 LAYERS = {
-    0: "config errors workspace dist memory storage telemetry temporary",
+    0: "config errors workspace dist memory precision storage telemetry temporary",
     1: "arrays blending boxes changes fingerprint folds grouping rowlists media video face_masks faces tracks images order parts prepare quality records samples staging versions labels locks sources data curation nets",
     2: "audit learners forensics evaluation ensemble checkpoint loop",
     3: "bundle conversion export extractor runtime predictor scoring verdicts provenance outbox tracking gate registry",
