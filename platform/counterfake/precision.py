@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -27,6 +29,16 @@ def set_matmul(wanted: Matmul, device: torch.device) -> Literal["highest", "high
             return setting
     torch.set_float32_matmul_precision("highest")
     return "highest"
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """What is set inside ends with it: what this process computes afterwards does not depend on what it trained before."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def matmul_error(device: torch.device) -> float:

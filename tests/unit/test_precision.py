@@ -45,3 +45,11 @@ def test_here_auto_multiplies_as_fp32_does() -> None:
 @pytest.mark.parametrize("wanted", ["highest", "medium"])
 def test_what_is_asked_for_is_set(wanted: precision.Matmul) -> None:
     assert precision.set_matmul(wanted, CPU) == wanted == torch.get_float32_matmul_precision()
+
+
+def test_what_was_set_for_a_training_ends_with_it() -> None:
+    torch.set_float32_matmul_precision("high")
+    with pytest.raises(ValueError, match="stopped"), precision.restored():
+        precision.set_matmul("medium", CPU)
+        raise ValueError("stopped")
+    assert torch.get_float32_matmul_precision() == "high"

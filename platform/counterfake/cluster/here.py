@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from counterfake import precision
 from counterfake.cluster.worker import Order, Progress, work
 from counterfake.loop import Tick
 from counterfake.storage import Store
@@ -16,7 +17,9 @@ from counterfake.temporary import temporary_folder
 def run_here(order: Order, store: Store, on_progress: Progress | None) -> dict[str, Any]:
     """Train here -> the figures of the run and the URI of its last checkpoint."""
     host = _Host(order, store, on_progress)
-    return {**work(order, host), "checkpoint": host.last_uri()}
+    with precision.restored():
+        summary = work(order, host)
+    return {**summary, "checkpoint": host.last_uri()}
 
 
 # -- private -----------------------------------------------------------------------------------------------------------
