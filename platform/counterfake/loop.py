@@ -41,7 +41,7 @@ class LoopConfig:
     keep_checkpoints: int = 2  # older ones are deleted
     seed: int = 0  # of weights, noise, dropout and augmentation; the data order has its own
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast of forward passes
-    matmul: Matmul = "auto"  # torch.set_float32_matmul_precision; auto = the fastest whose products stay fp32
+    matmul: Matmul = "auto"  # torch.set_float32_matmul_precision; auto = the lowest whose products stay fp32
     threads: int = 0  # torch threads per process; 0 = as many as its CPUs
     compile: bool = False  # torch.compile of the nets; off: DCGAN 721 -> 444 images/s with it, on 2 CPU cores
     patience_ticks: int = 0  # ticks without a better stop_metric after which the run ends; 0 = never

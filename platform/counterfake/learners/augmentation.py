@@ -121,8 +121,7 @@ def jittered(images: Tensor, most: int) -> Tensor:
         return images
     n, _, height, width = images.shape
     rows, columns = (_reflected(n, side, most, images.device) for side in (height, width))
-    which = torch.arange(n, device=images.device)[:, None, None]
-    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (N, C, H, W)
+    return _taken(images, rows, columns)
 
 
 def cropped(images: Tensor, side: int) -> Tensor:
@@ -133,8 +132,7 @@ def cropped(images: Tensor, side: int) -> Tensor:
     device = images.device
     starts = (torch.randint(whole - side + 1, (n, 1), device=device) for whole in sides)
     rows, columns = (start + torch.arange(side, device=device) for start in starts)  # (N, side) each
-    which = torch.arange(n, device=device)[:, None, None]
-    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return _taken(images, rows, columns)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -191,6 +189,12 @@ def _mix(planes: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
 def _some(images: Tensor, changed: Tensor, probability: float) -> Tensor:
     chosen = torch.rand(len(images), device=images.device) < probability
     return torch.where(chosen[:, None, None, None], changed, images)
+
+
+def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of each picture (N, C, H, W) its own rows (N, h) and columns (N, w) -> (N, C, h, w)."""
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _reflected(n: int, side: int, most: int, device: torch.device) -> Tensor:

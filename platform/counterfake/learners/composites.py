@@ -20,13 +20,8 @@ from torch import Tensor
 
 from counterfake.errors import ConfigError
 
-MIRRORED = (
-    1,
-    0,
-    2,
-    4,
-    3,
-)  # eyes, nose tip, corners of the mouth of the mirrored picture; left to right as seen
+# eyes, nose tip, corners of the mouth of the mirrored picture; left to right as seen
+MIRRORED = (1, 0, 2, 4, 3)
 EYES_TO_NOSE, EYES_TO_MOUTH, MOUTH = 0.6, 1.05, 0.42  # of a frontal face, in distances of the eyes
 # half axes of each part, in distances of the eyes: left eye, right eye, nose, mouth, the whole inner face
 AXES = ((0.40, 0.30), (0.40, 0.30), (0.30, 0.45), (0.52, 0.36), (0.95, 1.05))

@@ -185,9 +185,7 @@ class Perceptual:
         features, found = 2 * pictures - 1, []
         if isinstance(self.net, ImageNetInput):
             features = features * self.net.scale + self.net.shift
-        if isinstance(
-            self.net, HalfTurned
-        ):  # each layer alone does not turn; both sides of the distance are alike
+        if isinstance(self.net, HalfTurned):  # one layer alone turns nothing; both pictures stay turned
             features = features.flip(2, 3)
         for name, layer in self.net.named_children():
             features = layer(features)
